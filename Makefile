@@ -1,0 +1,50 @@
+# Every command works by itself on a fresh machine with Python 3.11 or newer, pip and make: what it
+# needs is installed into .venv first, once, and again when pyproject.toml has changed.
+PYTHON ?= python3
+BIN := .venv/bin
+LOW := .venv-lowest/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types build lowest clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: .venv/.installed  ## create .venv and install the package with all that development needs
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python"; exit 1; }
+	@echo "Installing into .venv (once; a few minutes) ..."
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: venv  ## train a network on real data with every method; a table, pictures and a report
+	@$(BIN)/python -m optax_mtl.experiments compare
+
+test: venv  ## run the tests, the docstrings' examples and the notebooks
+	@$(BIN)/python -m pytest -n 2
+
+lint: venv  ## check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: venv  ## check the types
+	@$(BIN)/mypy
+
+build: venv  ## build the wheel and the sdist, and check what is in them
+	@rm -rf dist
+	@log=$$($(BIN)/python -m build --installer uv 2>&1) || { echo "$$log"; exit 1; }
+	@$(BIN)/python .ci/check_wheel.py dist
+
+lowest: venv  ## run the laws under the lowest declared versions
+	@echo "Installing the lowest declared versions into .venv-lowest ..."
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-lowest
+	@$(BIN)/uv pip install --quiet --python $(LOW)/python --resolution lowest-direct --editable '.[test]'
+	@$(LOW)/python .ci/check_lowest.py
+	@$(LOW)/python -m pytest -n 2 tests/test_laws.py
+
+clean:  ## remove what the commands left behind, .venv excepted
+	@rm -rf dist .venv-lowest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

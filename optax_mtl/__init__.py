@@ -1,0 +1,72 @@
+"""Multi-task learning for Optax: many tasks' gradients in, one balanced update out."""
+
+from optax_mtl._base import BalanceState
+from optax_mtl._checked import checked
+from optax_mtl._combinators import mean_tasks, per_task, shared_and_heads, sum_tasks
+from optax_mtl._diagnostics import task_cosines
+from optax_mtl._gramian import combine, Gramian, task_gramian
+from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grads
+from optax_mtl.methods._adaptive_weight_assignment import (
+    adaptive_weight_assignment,
+    adaptive_weight_assignment_weights,
+)
+from optax_mtl.methods._cagrad import cagrad, cagrad_weights
+from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
+from optax_mtl.methods._dwa import dwa, dwa_weights
+from optax_mtl.methods._edm import edm, edm_weights
+from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
+from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
+from optax_mtl.methods._ial import ial, ial_weights
+from optax_mtl.methods._linear_scalarization import linear_scalarization
+from optax_mtl.methods._mao import mao, scale_by_mao
+from optax_mtl.methods._mgda import mgda, mgda_weights
+from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
+from optax_mtl.methods._rlw import rlw, rlw_weights
+from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
+
+__all__ = [
+    "BalanceState",
+    "Gramian",
+    "adaptive_weight_assignment",
+    "adaptive_weight_assignment_weights",
+    "cagrad",
+    "cagrad_weights",
+    "cdtt",
+    "cdtt_tension",
+    "cdtt_weights",
+    "checked",
+    "combine",
+    "dwa",
+    "dwa_weights",
+    "edm",
+    "edm_weights",
+    "gradnorm",
+    "gradnorm_weight_grads",
+    "hydalearn",
+    "hydalearn_gains",
+    "hydalearn_weights",
+    "ial",
+    "ial_weights",
+    "linear_scalarization",
+    "mao",
+    "mean_tasks",
+    "mgda",
+    "mgda_weights",
+    "pcgrad",
+    "pcgrad_weights",
+    "per_task",
+    "rlw",
+    "rlw_weights",
+    "scale_by_mao",
+    "shared_and_heads",
+    "stack_task_grads",
+    "sum_tasks",
+    "task_cosines",
+    "task_gramian",
+    "task_names",
+    "uncertainty",
+    "uncertainty_weights",
+    "value_and_task_grads",
+]
+
+__version__ = "0.1.0"

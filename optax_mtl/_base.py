@@ -1,0 +1,234 @@
+"""The contract every part agrees on: the task axis, who takes part in a step, the shared state.
+
+Axis 0 of every leaf of `task_grads` is the task axis, of length `num_tasks`; `losses` and `task_mask` are
+`(num_tasks,)` in the same order. Whatever breaks that contract is refused here, in words that say what was
+found, where, and what to write instead.
+"""
+
+import numbers
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from jax import numpy as jnp
+import optax
+
+Params = optax.Params
+TaskGrads = optax.Updates  # leaves (num_tasks, *param.shape), or a Gramian
+State = TypeVar("State")
+Scalar = float | jax.Array
+
+
+class BalanceState(NamedTuple):
+    """State of every balancing method.
+
+    Attributes:
+      task_weights: `(T,)` weights of the last step: the update was `sum_i task_weights[i] * grad_i`. For methods
+        that mix elementwise, each task's share of the update. Zero for absent tasks, and before the first step.
+      task_present: `(T,)` bool, the tasks that took part in the last step.
+      nonfinite_count: `(T,)` int32, how often a task was set aside because its gradient or loss was not finite.
+      method: what the method itself remembers; `()` if it is stateless.
+    """
+
+    task_weights: jax.Array
+    task_present: jax.Array
+    nonfinite_count: jax.Array
+    method: Any
+
+
+def init_balance_state(num_tasks: int, params: Params, method: Any = ()) -> BalanceState:
+    """State before the first step, with `method` as the method's own part."""
+    return BalanceState(
+        task_weights=jnp.zeros(num_tasks, accumulator_dtype(params)),
+        task_present=jnp.ones(num_tasks, bool),
+        nonfinite_count=jnp.zeros(num_tasks, jnp.int32),
+        method=method,
+    )
+
+
+def next_balance_state(
+    state: BalanceState, weights: jax.Array, present: jax.Array, nonfinite: jax.Array, method: Any
+) -> BalanceState:
+    """State after a step, with the dtypes it had before it: a jitted step is traced once, ever."""
+    new = BalanceState(weights, present, state.nonfinite_count + nonfinite.astype(jnp.int32), method)
+    return jax.tree.map(lambda n, old: n if n.dtype == old.dtype else n.astype(old.dtype), new, state)
+
+
+def accumulator_dtype(tree: Any) -> jnp.dtype:
+    """Dtype in which sums over `tree` are kept: float64 if any leaf has it, else float32."""
+    wide = any(jnp.dtype(leaf.dtype) in (jnp.float64, jnp.complex128) for leaf in jax.tree.leaves(tree))
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def where_present(present: jax.Array, new: State, old: State) -> State:
+    """Takes `new` for the tasks that took part and `old` for the others, on leaves with a leading task axis."""
+
+    def select(n: jax.Array, o: jax.Array) -> jax.Array:
+        return jnp.where(
+            present.reshape((-1,) + (1,) * (n.ndim - 1)), n.astype(o.dtype) if n.dtype != o.dtype else n, o
+        )
+
+    selected: State = jax.tree.map(select, new, old)
+    return selected
+
+
+def equal_weights(present: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """One over the number of tasks that are present for each of them, zero for the others; `(T,)`."""
+    return present.astype(dtype) / jnp.maximum(jnp.sum(present), 1).astype(dtype)
+
+
+# -- Checks of a factory's arguments ---------------------------------------------------------------------------------
+
+
+def check_num_tasks(num_tasks: int) -> int:
+    """Returns `num_tasks` if it is an int of at least 1; raises `ValueError` otherwise."""
+    if isinstance(num_tasks, bool) or not isinstance(num_tasks, numbers.Integral):
+        raise ValueError(
+            f"num_tasks must be a static int, found {num_tasks!r}. Under optax.inject_hyperparams, name it in "
+            'static_args: optax.inject_hyperparams(method, static_args="num_tasks").'
+        )
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks must be at least 1, found {num_tasks}.")
+    return int(num_tasks)
+
+
+def check_task_index(name: str, index: int, num_tasks: int) -> int:
+    """Returns the task index `index` made non-negative; raises `ValueError` if there is no such task."""
+    if isinstance(index, bool) or not isinstance(index, numbers.Integral) or not -num_tasks <= index < num_tasks:
+        raise ValueError(f"{name} must be a task's index, an int in [0, {num_tasks}), found {index!r}.")
+    return int(index) % num_tasks
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}.")
+
+
+def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Raises `ValueError` unless `low <= value <= high`; arrays (an injected hyper-parameter, say) are not read."""
+    if isinstance(value, int | float) and not low <= value <= high:
+        bound = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be {bound}, found {value!r}.")
+
+
+def check_task_vector(name: str, value: Any, num_tasks: int) -> None:
+    """Raises `ValueError` unless `value` holds one number a task."""
+    if jnp.shape(value) != (num_tasks,):
+        raise ValueError(f"{name} must hold one number a task, shape ({num_tasks},), found shape {jnp.shape(value)}.")
+
+
+# -- Checks of an update's arguments ---------------------------------------------------------------------------------
+
+
+def check_task_grads(updates: TaskGrads, num_tasks: int, params: Params | None = None, *, single: bool = False) -> None:
+    """Raises `ValueError` unless every leaf of `updates` is `(num_tasks, *param.shape)`.
+
+    Args:
+      updates: per-task gradients.
+      num_tasks: length of the task axis.
+      params: the parameters, if known; without them only the task axis itself can be checked.
+      single: whether a task axis of length 1 will do too (a leaf that only one task reaches).
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(updates)
+    if params is not None:
+        shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
+        if len(shapes) != len(leaves):
+            raise ValueError(
+                f"task_grads has {len(leaves)} leaves but params has {len(shapes)}: pass the gradients and the "
+                "parameters as trees of the same structure."
+            )
+    for i, (path, leaf) in enumerate(leaves):
+        found = jnp.shape(leaf)
+        shape = shapes[i] if params is not None else found[1:]
+        if found == (num_tasks, *shape) or (single and found == (1, *shape)):
+            continue
+        where = jax.tree_util.keystr(path) or "the only leaf"
+        wanted = (num_tasks, *shape) if params is not None else f"({num_tasks}, *param.shape)"
+        if params is not None and found == shape:
+            why = "This is an ordinary gradient, without the task axis: compute"
+        elif params is not None and found[1:] == shape:
+            why = f"The task axis has length {found[0]}, but the method was built with num_tasks={num_tasks}; compute"
+        else:
+            why = "Balancing methods take one gradient a task, stacked along axis 0: compute"
+        raise ValueError(
+            f"task_grads{where} has shape {found}, wanted {wanted}. {why} them with\n"
+            "    losses, task_grads = optax_mtl.value_and_task_grads(loss_fn)(params, batch)\n"
+            "or stack your own with optax_mtl.stack_task_grads([grads_of_task_0, ...]), and put the balancing method "
+            "before every other transformation in optax.chain (or wrap those in optax_mtl.per_task)."
+        )
+
+
+def check_losses(losses: Any, num_tasks: int, method: str, *, positive: bool = False) -> None:
+    """Raises `ValueError` unless `losses` is `(num_tasks,)`, and not negative where that is `positive` and known."""
+    if losses is None:
+        raise ValueError(
+            f"{method} needs the tasks' losses: write\n"
+            "    updates, opt_state = tx.update(task_grads, opt_state, params, losses=losses)"
+        )
+    if jnp.shape(losses) != (num_tasks,):
+        raise ValueError(
+            f"{method}: losses must be one array of shape ({num_tasks},), in the order of the task axis, found "
+            f"{_describe(losses)}. optax_mtl.value_and_task_grads returns it so."
+        )
+    if positive and not isinstance(losses, jax.core.Tracer) and bool(jnp.any(losses < 0)):
+        i = int(jnp.argmax(losses < 0))
+        raise ValueError(
+            f"{method} takes the logarithm of the losses, but losses[{i}] = {float(losses[i]):.6g} is negative. "
+            "Shift that loss so that its minimum is zero, or choose a method that does not look at the losses."
+        )
+
+
+def _describe(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"shape {shape}" if shape is not None else f"a {type(value).__name__}"
+
+
+def check_params(params: Params | None, method: str) -> None:
+    """Raises `ValueError` if `params` was not given."""
+    if params is None:
+        raise ValueError(
+            f"{method} needs the parameters: write\n    updates, opt_state = tx.update(task_grads, opt_state, params)"
+        )
+
+
+# -- Who takes part --------------------------------------------------------------------------------------------------
+
+
+def present_tasks(
+    squared_norms: jax.Array,
+    losses: jax.Array | None,
+    task_mask: jax.Array | None,
+    task_finite: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Which tasks take part in this step, and which would have, had they been finite.
+
+    Args:
+      squared_norms: `(T,)` squared gradient norms; not finite where any entry of that task's gradient is not, or
+        where the square overflows (norms above 1e19 in float32).
+      losses: `(T,)`, or None.
+      task_mask: `(T,)` of bool, False for tasks without labels in this batch; None for all True.
+      task_finite: `(T,)` of bool, False for tasks already known not to be finite; None for all True.
+
+    Returns:
+      `(present, nonfinite)`, both `(T,)` of bool.
+    """
+    num_tasks = squared_norms.shape[0]
+    finite = jnp.isfinite(squared_norms)
+    if losses is not None:
+        finite &= jnp.isfinite(losses)
+    if task_finite is not None:
+        finite &= task_finite
+    if task_mask is None:
+        return finite, ~finite
+    if jnp.shape(task_mask) != (num_tasks,):
+        raise ValueError(
+            f"task_mask must have shape ({num_tasks},), one bool a task (True: it has labels in this batch), found "
+            f"{_describe(task_mask)}."
+        )
+    mask = jnp.asarray(task_mask).astype(bool)
+    return finite & mask, ~finite & mask
+
+
+def as_key(key: jax.Array | int) -> jax.Array:
+    """A random key from a key or a seed."""
+    return jax.random.key(key) if isinstance(key, int) else key

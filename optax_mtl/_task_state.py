@@ -1,0 +1,85 @@
+"""What several methods remember of each task: epoch means of its loss, and a learned scalar of its own."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+import optax
+
+from optax_mtl import _base
+
+
+class EpochMeans(NamedTuple):
+    """Means of each task's loss over the epochs that are over, and the sums of the one that runs.
+
+    Attributes:
+      step: () int32, steps of the running epoch that are over.
+      total: `(T,)` sum of the losses in the running epoch.
+      counts: `(T,)` int32, steps of the running epoch in which the task took part.
+      means: `(depth, T)` means over the last epochs, the latest first.
+      epochs: `(T,)` int32, epochs that are over and in which the task took part.
+    """
+
+    step: jax.Array
+    total: jax.Array
+    counts: jax.Array
+    means: jax.Array
+    epochs: jax.Array
+
+
+def init_epoch_means(num_tasks: int, depth: int, dtype: jnp.dtype) -> EpochMeans:
+    """No epoch is over."""
+    return EpochMeans(
+        step=jnp.zeros((), jnp.int32),
+        total=jnp.zeros(num_tasks, dtype),
+        counts=jnp.zeros(num_tasks, jnp.int32),
+        means=jnp.ones((depth, num_tasks), dtype),
+        epochs=jnp.zeros(num_tasks, jnp.int32),
+    )
+
+
+def add_to_epoch(state: EpochMeans, losses: jax.Array, present: jax.Array, steps_per_epoch: int) -> EpochMeans:
+    """Counts one step; at an epoch's end its means become the latest. A task that was never present keeps its own."""
+    losses = losses.astype(state.total.dtype)
+    step = state.step + 1
+    total = state.total + jnp.where(present, losses, 0)
+    counts = state.counts + present.astype(jnp.int32)
+    over = step >= steps_per_epoch
+    shift = over & (counts > 0)
+    latest = total / jnp.maximum(counts, 1).astype(total.dtype)
+    return EpochMeans(
+        step=jnp.where(over, 0, step),
+        total=jnp.where(over, 0, total),
+        counts=jnp.where(over, 0, counts),
+        means=jnp.where(shift, jnp.vstack([latest, state.means[:-1]]), state.means),
+        epochs=state.epochs + shift.astype(jnp.int32),
+    )
+
+
+class LearnedScalars(NamedTuple):
+    """One learned scalar a task.
+
+    Attributes:
+      value: `(T,)`.
+      optimizer: state of the optimiser, one for each task: leaves `(T, ...)`.
+    """
+
+    value: jax.Array
+    optimizer: Any
+
+
+def init_learned_scalars(optimizer: optax.GradientTransformation, value: jax.Array) -> LearnedScalars:
+    """`value` `(T,)` and fresh optimiser states."""
+    return LearnedScalars(value, jax.vmap(optimizer.init)(value))
+
+
+def learn_scalars(
+    optimizer: optax.GradientTransformation,
+    scalars: LearnedScalars,
+    grads: jax.Array,
+    present: jax.Array,
+) -> LearnedScalars:
+    """One optimiser step for each task that is present, `grads` `(T,)` being the gradient for its scalar."""
+    updates: Any
+    updates, states = jax.vmap(optimizer.update)(grads.astype(scalars.value.dtype), scalars.optimizer, scalars.value)
+    return _base.where_present(present, LearnedScalars(scalars.value + updates, states), scalars)

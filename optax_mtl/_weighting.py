@@ -1,0 +1,103 @@
+"""From a rule for the weights to an Optax transformation: contract, Gramian, absentees, combination, state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+import optax
+
+from optax_mtl import _base, _gramian
+
+# rule(gramian, method_state, *, present, losses, params, task_grads, **extra_args) -> (weights, method_state)
+Rule = Callable[..., tuple[jax.Array, Any]]
+
+
+def weighting(
+    name: str,
+    num_tasks: int,
+    rule: Rule,
+    init: Callable[[jnp.dtype], Any] = lambda dtype: (),
+    *,
+    needs_gramian: bool = True,
+    needs_losses: bool = False,
+    positive_losses: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation whose update is `sum_i w_i g_i`, with `w` from `rule`.
+
+    Every weighting is one call of this function. What is the same for all stands here, once: the shape contract, the
+    Gramian (or only its diagonal), the tasks that are absent or not finite, the combination, and the state.
+
+    Args:
+      name: the method's public name, for messages.
+      num_tasks: `T`.
+      rule: `rule(gramian, method_state, *, present, losses, params, task_grads, **extra_args)` returns the weights
+        `(T,)` and the method's new state. `gramian` is `(T, T)`, with zero rows and columns for absent tasks (only
+        the diagonal if not `needs_gramian`); `present` is `(T,)` of bool; `losses` is `(T,)`, one where a task is
+        absent, or None. The rule must give what it would give had the absent tasks never existed, and must keep
+        their part of its state; their weights are set to zero here.
+      init: `init(dtype)` returns the method's first state; `dtype` is the weights'.
+      needs_gramian: whether the rule looks at more than the diagonal.
+      needs_losses: whether `losses` must be given.
+      positive_losses: whether the rule takes the losses' logarithm.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with a `BalanceState`.
+    """
+    num_tasks = _base.check_num_tasks(num_tasks)
+
+    def init_fn(params: _base.Params) -> _base.BalanceState:
+        return _base.init_balance_state(num_tasks, params, init(_base.accumulator_dtype(params)))
+
+    def update_fn(
+        updates: _base.TaskGrads,
+        state: Any,
+        params: _base.Params | None = None,
+        *,
+        losses: jax.Array | None = None,
+        task_mask: jax.Array | None = None,
+        task_finite: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        if isinstance(updates, _gramian.Gramian):
+            _check_gramian(updates, num_tasks)
+        else:
+            _base.check_task_grads(updates, num_tasks, params)
+        if needs_losses or losses is not None:
+            _base.check_losses(losses, num_tasks, name, positive=positive_losses)
+        if not jax.tree.leaves(updates):  # optax.partition gives every leaf to somebody else: nothing to balance
+            return updates, state
+
+        if needs_gramian:
+            gramian = _gramian.task_gramian(updates)
+        else:
+            gramian = jnp.diag(_gramian.task_squared_norms(updates))
+        present, nonfinite = _base.present_tasks(jnp.diagonal(gramian), losses, task_mask, task_finite)
+        gramian = jnp.where(jnp.outer(present, present), gramian, 0)
+        if losses is not None:
+            losses = jnp.where(present, jnp.asarray(losses, gramian.dtype), 1)
+
+        weights, method_state = rule(
+            gramian,
+            state.method,
+            present=present,
+            losses=losses,
+            params=params,
+            task_grads=updates,
+            **extra_args,
+        )
+        weights = jnp.where(present, weights, 0)
+        return (
+            _gramian.combine(weights, updates),
+            _base.next_balance_state(state, weights, present, nonfinite, method_state),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_gramian(gramian: _gramian.Gramian, num_tasks: int) -> None:
+    if jnp.shape(gramian.matrix) != (num_tasks, num_tasks):
+        raise ValueError(
+            f"Gramian has shape {jnp.shape(gramian.matrix)}, wanted ({num_tasks}, {num_tasks}). Compute it with "
+            "optax_mtl.Gramian(optax_mtl.task_gramian(task_grads)), with the num_tasks of the method."
+        )
