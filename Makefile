@@ -24,7 +24,7 @@ demo: venv  ## train a network on real data with every method; a table, pictures
 	@$(BIN)/python -m optax_mtl.experiments compare
 
 test: venv  ## run the tests, the docstrings' examples and the notebooks
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: venv  ## check style and formatting
 	@$(BIN)/ruff check .
@@ -43,7 +43,7 @@ lowest: venv  ## run the laws under the lowest declared versions
 	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-lowest
 	@$(BIN)/uv pip install --quiet --python $(LOW)/python --resolution lowest-direct --editable '.[test]'
 	@$(LOW)/python .ci/check_lowest.py
-	@$(LOW)/python -m pytest -n 2 tests/test_laws.py
+	@$(LOW)/python -m pytest -n 2 --dist loadgroup tests/test_laws.py
 
 clean:  ## remove what the commands left behind, .venv excepted
 	@rm -rf dist .venv-lowest .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -79,23 +79,27 @@ def equal_weights(present: jax.Array, dtype: jnp.dtype) -> jax.Array:
 # -- Checks of a factory's arguments ---------------------------------------------------------------------------------
 
 
+def check_static_int(name: str, value: Any, low: int, high: float = float("inf")) -> int:
+    """Returns the int `value`, which shapes the program; raises `ValueError` if it is none, or out of `[low, high]`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(
+            f"{name} must be a static int, found {value!r}. Under optax.inject_hyperparams, name it in static_args: "
+            f'optax.inject_hyperparams(method, static_args=("num_tasks", "{name}")).'
+        )
+    if not low <= value <= high:
+        bound = f"at least {low}" if high == float("inf") else f"between {low} and {high:.0f}"
+        raise ValueError(f"{name} must be {bound}, found {value}.")
+    return int(value)
+
+
 def check_num_tasks(num_tasks: int) -> int:
     """Returns `num_tasks` if it is an int of at least 1; raises `ValueError` otherwise."""
-    if isinstance(num_tasks, bool) or not isinstance(num_tasks, numbers.Integral):
-        raise ValueError(
-            f"num_tasks must be a static int, found {num_tasks!r}. Under optax.inject_hyperparams, name it in "
-            'static_args: optax.inject_hyperparams(method, static_args="num_tasks").'
-        )
-    if num_tasks < 1:
-        raise ValueError(f"num_tasks must be at least 1, found {num_tasks}.")
-    return int(num_tasks)
+    return check_static_int("num_tasks", num_tasks, 1)
 
 
 def check_task_index(name: str, index: int, num_tasks: int) -> int:
     """Returns the task index `index` made non-negative; raises `ValueError` if there is no such task."""
-    if isinstance(index, bool) or not isinstance(index, numbers.Integral) or not -num_tasks <= index < num_tasks:
-        raise ValueError(f"{name} must be a task's index, an int in [0, {num_tasks}), found {index!r}.")
-    return int(index) % num_tasks
+    return check_static_int(name, index, -num_tasks, num_tasks - 1) % num_tasks
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -165,7 +169,7 @@ def check_losses(losses: Any, num_tasks: int, method: str, *, positive: bool = F
             f"{method} needs the tasks' losses: write\n"
             "    updates, opt_state = tx.update(task_grads, opt_state, params, losses=losses)"
         )
-    if jnp.shape(losses) != (num_tasks,):
+    if getattr(losses, "shape", None) != (num_tasks,):
         raise ValueError(
             f"{method}: losses must be one array of shape ({num_tasks},), in the order of the task axis, found "
             f"{_describe(losses)}. optax_mtl.value_and_task_grads returns it so."
@@ -220,7 +224,7 @@ def present_tasks(
         finite &= task_finite
     if task_mask is None:
         return finite, ~finite
-    if jnp.shape(task_mask) != (num_tasks,):
+    if getattr(task_mask, "shape", None) != (num_tasks,):
         raise ValueError(
             f"task_mask must have shape ({num_tasks},), one bool a task (True: it has labels in this batch), found "
             f"{_describe(task_mask)}."
@@ -231,4 +235,5 @@ def present_tasks(
 
 def as_key(key: jax.Array | int) -> jax.Array:
     """A random key from a key or a seed."""
-    return jax.random.key(key) if isinstance(key, int) else key
+    is_seed = jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer)
+    return jax.random.key(key) if is_seed else jnp.asarray(key)

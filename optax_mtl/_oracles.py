@@ -31,11 +31,11 @@ def value_and_task_grads(
         and also auxiliary data if `has_aux`.
       argnums: which positional arguments to differentiate with respect to.
       has_aux: whether `loss_fn` returns `(losses, aux)`.
-      strategy: how the `T` pullbacks run, all in one program. `"unroll"`: one after another, written out; XLA drops
-        what a task's loss does not reach (other tasks' heads). `"loop"`: one after another in a `lax` loop; the least
-        memory and compile time, but every head is pulled back for every task. `"vmap"`: at once, batched. `"auto"`: on
-        CPU, where `"vmap"` took up to three times as long, `"unroll"` up to 16 tasks and then `"loop"`; elsewhere
-        `"vmap"`.
+      strategy: how the `T` pullbacks run, all in one program. `"unroll"`: one after another, written out; of losses
+        given as a pytree, each is pulled back through its own head only. `"loop"`: one after another in a `lax` loop;
+        the least memory and compile time, but every head is pulled back for every task. `"vmap"`: at once, batched.
+        `"auto"`: on CPU, where `"vmap"` took up to three times as long, `"unroll"` up to 16 tasks and then `"loop"`;
+        elsewhere `"vmap"`.
 
     Returns:
       A function of `loss_fn`'s arguments that returns `(losses, task_grads)`, or `((losses, aux), task_grads)`:
@@ -66,31 +66,43 @@ def value_and_task_grads(
             for i, value in zip(nums, inputs, strict=True):
                 full[i] = value
             out = loss_fn(*full, **kwargs)
-            losses, aux = out if has_aux else (out, None)
-            return stack_losses(losses), aux
+            return out if has_aux else (out, None)
 
-        losses, pullback, aux = jax.vjp(losses_of, *inputs, has_aux=True)
-        grads = _pull_back_each(pullback, losses, strategy)
+        out, pushforward, aux = jax.linearize(losses_of, *inputs, has_aux=True)
+        losses = stack_losses(out)
+        grads = _pull_back_each(pushforward, inputs, out, strategy)
         value = (losses, aux) if has_aux else losses
         return value, grads[0] if isinstance(argnums, int) else grads
 
     return value_and_task_grads_fn
 
 
-def _pull_back_each(pullback: Callable[..., Any], losses: jax.Array, strategy: str) -> Any:
-    """The pullbacks of all one-hot cotangents, stacked."""
+def _pull_back_each(pushforward: Callable[..., Any], inputs: tuple[Any, ...], out: Any, strategy: str) -> Any:
+    """The gradients of all losses, stacked; `pushforward` is linear from tangents of `inputs` to tangents of `out`."""
+    losses = jax.eval_shape(stack_losses, out)
     num_tasks = losses.shape[0]
     if strategy == "auto":
         if jax.default_backend() != "cpu":
             strategy = "vmap"
         else:
             strategy = "unroll" if num_tasks <= _UNROLL else "loop"
+
+    if strategy == "unroll":
+        # Transposing towards one loss alone leaves out what does not lead to it; a one-hot cotangent for all of them
+        # would pull zeros back through every other head.
+        def pull_back(task: int) -> Any:
+            def loss_tangent(*tangents: Any) -> jax.Array:
+                leaves = jax.tree.leaves(pushforward(*tangents))
+                return leaves[task] if jnp.ndim(leaves[0]) == 0 else leaves[0][task]
+
+            one = jnp.ones((), jax.eval_shape(loss_tangent, *inputs).dtype)
+            return jax.linear_transpose(loss_tangent, *inputs)(one)
+
+        return stack_task_grads([pull_back(task) for task in range(num_tasks)])
+
+    pullback = jax.linear_transpose(lambda *tangents: stack_losses(pushforward(*tangents)), *inputs)
     one_hots = jnp.eye(num_tasks, dtype=losses.dtype)
-    if strategy == "vmap":
-        return jax.vmap(pullback)(one_hots)
-    if strategy == "loop":
-        return lax.map(pullback, one_hots)
-    return stack_task_grads([pullback(one_hots[i]) for i in range(num_tasks)])
+    return jax.vmap(pullback)(one_hots) if strategy == "vmap" else lax.map(pullback, one_hots)
 
 
 def stack_task_grads(task_grads: Sequence[chex.ArrayTree]) -> _base.TaskGrads:
@@ -148,7 +160,7 @@ def stack_losses(losses: Any) -> jax.Array:
     if not leaves:
         raise ValueError("loss_fn returned no losses: return an array (num_tasks,) or a pytree of scalars.")
     arrays = [jnp.asarray(leaf) for _, leaf in leaves]
-    dtype = functools.reduce(jnp.promote_types, (a.dtype for a in arrays))
+    dtype = arrays[0].dtype if len({a.dtype for a in arrays}) == 1 else _base.accumulator_dtype(arrays)
     return jnp.stack([a.astype(dtype) for a in arrays])
 
 

@@ -111,6 +111,9 @@ def worst_case_in_ball(gramian: jax.Array, centre: jax.Array, radius: jax.Array,
     size = jnp.sqrt(jnp.maximum(centre @ gramian @ centre, 0))
     r = jnp.where(allowed, jnp.min(jnp.where(allowed, norms, jnp.inf)) * reciprocal(norms), 0)
     v = jnp.where(allowed, gramian @ centre * reciprocal(norms) * reciprocal(size), 0)  # cosines with d0
+    # Where the least convex combination is zero but for rounding, no step helps all tasks: the best level is zero.
+    least = jnp.where(r > 0, min_norm_point(gramian, allowed) * reciprocal(r), 0)
+    stationary = least @ unit @ least < 2 * _ridge(unit)
 
     def solve(support: jax.Array) -> tuple[jax.Array, jax.Array]:
         worst = jnp.argmin(jnp.where(allowed, v * reciprocal(r), jnp.inf))
@@ -118,11 +121,13 @@ def worst_case_in_ball(gramian: jax.Array, centre: jax.Array, radius: jax.Array,
         p, q = _solve_on(support, unit, r, v)
         a, b, c = r @ p, r @ q, v @ q - radius**2
         level = (b + jnp.sqrt(jnp.maximum(b**2 - a * c, 0))) * reciprocal(a)
+        level = jnp.where(stationary, jnp.minimum(level, 0), level)
         u = level * p - q
         return u, unit @ u + v - level * r
 
     u = _block_pivoting(solve, allowed, allowed)
-    u = u * radius * reciprocal(jnp.sqrt(jnp.maximum(u @ unit @ u, 0)))
+    length = jnp.sqrt(jnp.maximum(u @ unit @ u, 0))
+    u = u * jnp.minimum(1, radius * reciprocal(length))
     return size * u * reciprocal(norms)
 
 
@@ -132,13 +137,16 @@ def _solve_on(support: jax.Array, matrix: jax.Array, *vectors: jax.Array) -> lis
     A ridge at the level of rounding keeps dependent gradients from dividing by zero; one step of refinement takes its
     effect back wherever the matrix is regular.
     """
-    ridge = 2 * len(support) * jnp.finfo(matrix.dtype).eps
     kept = jnp.where(jnp.outer(support, support), matrix, 0)
-    factors = jax.scipy.linalg.lu_factor(kept + jnp.diag(jnp.where(support, ridge, 1)))
+    factors = jax.scipy.linalg.lu_factor(kept + jnp.diag(jnp.where(support, _ridge(matrix), 1)))
     right = jnp.where(support[:, None], jnp.stack(vectors, axis=1), 0)
     x = jax.scipy.linalg.lu_solve(factors, right)
     x = x + jax.scipy.linalg.lu_solve(factors, right - kept @ x)
     return list(jnp.where(support[:, None], x, 0).T)
+
+
+def _ridge(matrix: jax.Array) -> float:
+    return 2 * len(matrix) * float(jnp.finfo(matrix.dtype).eps)
 
 
 def _block_pivoting(solve: SolveOnSupport, start: jax.Array, allowed: jax.Array) -> jax.Array:

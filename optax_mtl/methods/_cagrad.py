@@ -66,8 +66,7 @@ def cagrad(num_tasks: int, *, c: _base.Scalar = 0.5, rescale: int = 1) -> optax.
       task has converged; the authors' vision code multiplies by `T`.
     """
     _base.check_number("c", c, 0)
-    if rescale not in (0, 1, 2):
-        raise ValueError(f"rescale must be 0, 1 or 2, found {rescale!r}.")
+    rescale = _base.check_static_int("rescale", rescale, 0, 2)
 
     def rule(gramian: jax.Array, state: Any, *, present: jax.Array, **_: Any) -> tuple[jax.Array, Any]:
         return cagrad_weights(gramian, c=c, rescale=rescale, present=present), state

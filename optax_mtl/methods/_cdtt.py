@@ -129,8 +129,8 @@ def cdtt(
       matters for three and more.
     """
     _base.check_number("alpha", alpha, 0, 1)
-    _base.check_number("window", window, 1)
-    _base.check_number("passes", passes, 0)
+    window = _base.check_static_int("window", window, 1)
+    passes = _base.check_static_int("passes", passes, 0)
     _base.check_choice("tension", tension, ("absolute", "relative"))
 
     def init(dtype: jnp.dtype) -> CDTTState:

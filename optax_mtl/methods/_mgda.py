@@ -34,7 +34,8 @@ def mgda(num_tasks: int, *, normalization: str = "none") -> optax.GradientTransf
 
     so that :math:`\langle g_i, d\rangle \ge \lVert d\rVert^2` for every task: a common descent direction, or zero at a
     Pareto-stationary point. Choose it for that guarantee. It leans to the task with the smallest gradient, and a task
-    whose gradient is zero stops the training; `normalization` evens out the tasks' scales.
+    whose gradient is zero stops the training. `normalization` evens out the tasks' scales, but gives the guarantee up,
+    as its weights are applied to the gradients as they are (`edm` has both).
 
     Needs gradients (and `losses` for the `"loss"` normalizations). Weights sum to one.
 

@@ -1,0 +1,226 @@
+"""THE table of methods: one row for each method and each of its forms that behaves differently.
+
+A new method is a row here: `test_laws.py` does the rest, and `test_catalogue.py` says if the row is missing.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from jax import numpy as jnp
+import numpy as np
+import optax
+
+import optax_mtl as mtl
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # a row is itself: programs are cached by it
+class Case:
+    """A row.
+
+    Attributes:
+      factory: `factory(num_tasks, **kwargs)` is the transformation. It is public, and names the method.
+      kwargs: hyper-parameters; a callable value is called with `num_tasks`.
+      label: distinguishes the forms of one method.
+      static: hyper-parameters that `optax.inject_hyperparams` must leave alone.
+      needs: what `update` must be given: "losses", "positive losses", "params", "value_fn", "gradients".
+      alone: `alone(g, loss)` is the update for one task with gradient `g`, in the first step.
+      scale: power of a common factor of the gradients in the update; None if there is no such law.
+      keeps: opt-in laws: "permutation", "non-conflicting", "task-scale", "linear", "simplex", "stationary".
+      lacks: laws that cannot hold, with the reason.
+      optax_inside: whether Optax's own code, not written for strict promotion, runs in it.
+    """
+
+    factory: Callable[..., optax.GradientTransformationExtraArgs]
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    label: str = ""
+    static: tuple[str, ...] = ()
+    needs: frozenset[str] = frozenset()
+    alone: Callable[[np.ndarray, float], np.ndarray] = lambda g, loss: g
+    scale: float | None = 1
+    keeps: frozenset[str] = frozenset()
+    lacks: dict[str, str] = dataclasses.field(default_factory=dict)
+    optax_inside: bool = False
+
+    @property
+    def method(self) -> str:
+        return self.factory.__name__
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.label}" if self.label else self.method
+
+    def hyperparams(self, num_tasks: int) -> dict[str, Any]:
+        return {
+            name: value(num_tasks) if callable(value) and name not in self.static else value
+            for name, value in self.kwargs.items()
+        }
+
+    def make(self, num_tasks: int) -> optax.GradientTransformationExtraArgs:
+        return self.factory(num_tasks, **self.hyperparams(num_tasks))
+
+
+def row(factory, label="", needs=(), keeps=(), lacks=None, **fields):
+    return Case(factory, label=label, needs=frozenset(needs), keeps=frozenset(keeps), lacks=lacks or {}, **fields)
+
+
+def adam_step(g, loss):
+    return g / (np.abs(g) + 1e-8)
+
+
+def leaf_rms_step(g, loss):
+    leaves = np.split(g, [4])  # problems.SHAPES
+    return np.concatenate([leaf / np.sqrt(np.mean(leaf**2)) for leaf in leaves])
+
+
+RANDOM = {"absent": "other draws for another number of tasks", "precision": "other draws in another dtype"}
+MIXER = {"weights": "mixes elementwise: there is no weight vector", "gramian": "needs the gradients"}
+
+CASES = (
+    row(mtl.sum_tasks, keeps=("permutation", "linear")),
+    row(mtl.mean_tasks, keeps=("permutation", "linear", "simplex")),
+    row(mtl.linear_scalarization, keeps=("permutation", "linear")),
+    row(
+        mtl.linear_scalarization,
+        "weighted mean",
+        kwargs={"weights": lambda num_tasks: 2.0 * jnp.ones(num_tasks), "reduction": "mean"},
+        alone=lambda g, loss: 2 * g,
+        keeps=("permutation", "linear"),
+    ),
+    row(mtl.rlw, kwargs={"key": 0}, keeps=("simplex",), lacks=RANDOM),
+    row(
+        mtl.rlw,
+        "dirichlet",
+        kwargs={"key": 1, "distribution": "dirichlet", "total": 2.0},
+        alone=lambda g, loss: 2 * g,
+        lacks=RANDOM,
+    ),
+    row(mtl.uncertainty, needs=("losses",), alone=lambda g, loss: g / 2, keeps=("permutation",), optax_inside=True),
+    row(
+        mtl.uncertainty,
+        "classification",
+        kwargs={"form": "classification", "optimizer": optax.sgd(0.1), "init": 0.5},
+        needs=("losses",),
+        alone=lambda g, loss: np.exp(-0.5) * g,
+        keeps=("permutation",),
+    ),
+    row(mtl.dwa, kwargs={"steps_per_epoch": 1}, needs=("losses",), keeps=("permutation",)),
+    row(mtl.dwa, "epochs of 2", kwargs={"steps_per_epoch": 2, "temperature": 0.5}, needs=("losses",)),
+    row(mtl.adaptive_weight_assignment, needs=("losses",), keeps=("permutation", "simplex")),
+    row(
+        mtl.adaptive_weight_assignment,
+        "softmax",
+        kwargs={"mode": "softmax", "total": 3.0},
+        needs=("losses",),
+        alone=lambda g, loss: 3 * g,
+        keeps=("permutation",),
+    ),
+    row(
+        mtl.adaptive_weight_assignment,
+        "epochs of 2",
+        kwargs={"steps_per_epoch": 2},
+        needs=("losses",),
+        keeps=("permutation", "simplex"),
+        static=("steps_per_epoch",),
+    ),
+    row(mtl.gradnorm, needs=("losses",), keeps=("permutation",), optax_inside=True),
+    row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
+    row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
+    row(
+        mtl.mgda,
+        "loss+",
+        kwargs={"normalization": "loss+"},
+        needs=("positive losses",),
+        keeps=("permutation", "simplex"),
+    ),
+    row(mtl.pcgrad, kwargs={"key": 0}),
+    row(mtl.pcgrad, "shared mean", kwargs={"key": 0, "order": "shared", "reduction": "mean"}),
+    row(mtl.pcgrad, "fixed", kwargs={"order": "fixed"}),
+    row(
+        mtl.cagrad, kwargs={"c": 0.4}, static=("rescale",), alone=lambda g, loss: 1.4 / 1.16 * g, keeps=("permutation",)
+    ),
+    row(
+        mtl.cagrad,
+        "c=1",
+        kwargs={"c": 1.0, "rescale": 0},
+        static=("rescale",),
+        alone=lambda g, loss: 2 * g,
+        keeps=("permutation", "non-conflicting", "stationary"),
+    ),
+    row(mtl.edm, keeps=("permutation", "non-conflicting", "task-scale", "simplex", "stationary")),
+    row(
+        mtl.cdtt,
+        kwargs={"window": 2},
+        static=("window", "passes"),
+        needs=("positive losses",),
+        scale=None,  # pulls have a length of their own
+    ),
+    row(
+        mtl.cdtt,
+        "relative",
+        kwargs={"window": 1, "tension": "relative", "passes": 2},
+        static=("window", "passes"),
+        needs=("positive losses",),
+    ),
+    row(
+        mtl.hydalearn,
+        kwargs={"learning_rate": 1e-2},
+        static=("primary",),
+        needs=("params", "value_fn"),
+        keeps=("simplex",),
+        scale=None,  # a longer trial step gains something else
+        lacks={"gramian": "takes trial steps along the gradients", "precision": "a difference of two losses"},
+    ),
+    row(
+        mtl.hydalearn,
+        "first order",
+        kwargs={"learning_rate": 1e-2, "lookahead": "first_order"},
+        static=("primary",),
+        keeps=("simplex",),
+    ),
+    row(mtl.ial, static=("primary",), needs=("losses",), optax_inside=True),
+    row(
+        mtl.ial,
+        "ratio",
+        kwargs={"uncertainty_fn": "ratio", "optimizer": optax.sgd(0.1)},
+        static=("primary",),
+        needs=("losses",),
+    ),
+    row(
+        mtl.scale_by_mao,
+        alone=adam_step,
+        scale=None,  # Adam's epsilon is absolute
+        keeps=("permutation",),
+        lacks=MIXER,
+        optax_inside=True,
+    ),
+    row(
+        mtl.scale_by_mao,
+        "rmsprop mean",
+        kwargs={"base": "rmsprop", "reduction": "mean"},
+        alone=lambda g, loss: g / (np.sqrt(1e-3) * np.abs(g) + 1e-8),
+        scale=None,
+        keeps=("permutation",),
+        lacks=MIXER,
+        optax_inside=True,
+    ),
+    row(
+        mtl.scale_by_mao,
+        "adagrad",
+        kwargs={"base": "adagrad"},
+        alone=lambda g, loss: g / np.sqrt(g**2 + 1e-8),
+        scale=None,
+        keeps=("permutation",),
+        lacks=MIXER,
+        optax_inside=True,
+    ),
+    row(
+        mtl.scale_by_mao,
+        "leaf",
+        kwargs={"grain": "leaf"},
+        alone=leaf_rms_step,
+        scale=None,
+        keeps=("permutation",),
+        lacks=MIXER | {"leaves": "mixes leaf by leaf"},
+        optax_inside=True,
+    ),
+)

@@ -1,0 +1,112 @@
+"""The border between trees and matrices."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import chex
+import jax
+from jax import numpy as jnp
+import numpy as np
+import pytest
+
+import optax_mtl as mtl
+from optax_mtl import _gramian
+import problems
+
+
+@pytest.mark.parametrize("size", [1, 4096, 4097, 20_000])
+@pytest.mark.parametrize("num_tasks", [1, 2, 5])
+def test_gramian_is_that_of_the_flattened_gradients(num_tasks, size):
+    """Also for leaves that are contracted in chunks, with a remainder."""
+    matrix = np.random.default_rng(0).standard_normal((num_tasks, size))
+    task_grads = {"w": jnp.asarray(matrix, jnp.float32), "b": jnp.ones((num_tasks, 2, 2), jnp.float32), "none": None}
+    gramian = jax.jit(mtl.task_gramian)(task_grads)
+    chex.assert_shape(gramian, (num_tasks, num_tasks))
+    np.testing.assert_allclose(gramian, matrix @ matrix.T + 4, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(gramian, gramian.T)
+    np.testing.assert_allclose(_gramian.task_squared_norms(task_grads), np.diag(gramian), rtol=1e-5)
+
+
+def test_half_precision_is_accumulated_in_float32():
+    """Ten thousand ones: bfloat16 would stop counting at 256."""
+    task_grads = jnp.ones((2, 10_000), jnp.bfloat16)
+    gramian = mtl.task_gramian(task_grads)
+    assert gramian.dtype == jnp.float32
+    np.testing.assert_array_equal(gramian, 10_000)
+    many = mtl.combine(jnp.full(300, 1.0), jnp.ones((300, 4), jnp.bfloat16))
+    assert many.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(many, np.float32), 300)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3, 40])
+def test_combine(num_tasks):
+    matrix = np.random.default_rng(1).standard_normal((num_tasks, problems.SIZE))
+    weights = np.random.default_rng(2).standard_normal(num_tasks)
+    combined = mtl.combine(jnp.asarray(weights, jnp.float32), problems.tree_of(matrix))
+    np.testing.assert_allclose(problems.vector_of(combined), weights @ matrix, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tasks", [2, 40])
+def test_combine_passes_over_rows_of_weight_zero(num_tasks):
+    matrix = np.ones((num_tasks, problems.SIZE))
+    matrix[1] = np.nan
+    weights = jnp.ones(num_tasks).at[1].set(0)
+    combined = mtl.combine(weights, problems.tree_of(matrix))
+    np.testing.assert_allclose(problems.vector_of(combined), num_tasks - 1)
+
+
+def test_gramian_is_a_pytree():
+    gramian = mtl.Gramian(jnp.eye(2))
+    doubled = jax.jit(lambda g: jax.tree.map(lambda x: 2 * x, g))(gramian)
+    assert isinstance(doubled, mtl.Gramian)
+    np.testing.assert_array_equal(mtl.task_gramian(doubled), 2 * np.eye(2))
+    np.testing.assert_array_equal(mtl.combine(jnp.ones(2), gramian), 1)
+    assert repr(gramian).startswith("Gramian(")
+
+
+def test_one_pass_needs_no_memory_of_the_gradients_size():
+    """Counted in the compiled program: no copy, transposed or cleaned, of the task gradients."""
+    tx = mtl.mgda(num_tasks=8)
+    params = jnp.zeros((300, 400), jnp.float32)
+    task_grads = jnp.zeros((8, 300, 400), jnp.float32)
+    compiled = jax.jit(tx.update).lower(task_grads, tx.init(params), params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < params.nbytes
+
+
+def test_sharded_leaves_stay_where_they_are():
+    """On 8 devices: all-reduces of (T, T), and nothing gathered. (A process of its own: devices are fixed at start.)"""
+    program = """
+        import re
+        import jax
+        from jax import numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        import numpy as np
+        import optax_mtl as mtl
+
+        assert jax.device_count() == 8
+        mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+        tx = mtl.mgda(num_tasks=3)
+        params = {"w": jnp.zeros((64, 128)), "b": jnp.zeros(64)}
+        task_grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), (3, *p.shape)), params)
+        expected, _ = tx.update(task_grads, tx.init(params), params)
+        specs = {"w": P("data", "model"), "b": P("model")}
+        place = lambda tree, lead: jax.tree.map(
+            lambda x, s: jax.device_put(x, NamedSharding(mesh, P(*lead, *s))), tree, specs
+        )
+        sharded, params = place(task_grads, (None,)), place(params, ())
+        step = jax.jit(tx.update)
+        updates, _ = step(sharded, tx.init(params), params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), updates, expected)
+        jax.tree.map(lambda u, p: (u.sharding.is_equivalent_to(p.sharding, u.ndim)) or 1 / 0, updates, params)
+        text = step.lower(sharded, tx.init(params), params).compile().as_text()
+        found = re.findall(r"= (\\S+) (all-gather|all-to-all|collective-permute|all-reduce)\\(", text)
+        assert {kind for _, kind in found} == {"all-reduce"}, found
+        assert all(re.match(r"f32\\[(3,3|3,1,3,1)?\\]", shape) for shape, _ in found), found
+    """
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

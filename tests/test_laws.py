@@ -1,0 +1,607 @@
+"""Every row of `cases.CASES` x every law it claims."""
+
+import contextlib
+import functools
+
+import chex
+import hypothesis
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+import jax
+from jax import numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cases
+import optax_mtl as mtl
+import problems
+
+T = 3
+EVERYONE = np.ones(T, bool)
+
+
+def every_case(*, keeps=None, unless_lacks=None, needs=None):
+    """Parametrises a law over the rows that claim it; a row's tests run in one worker and share its programs."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=str(case), marks=pytest.mark.xdist_group(str(case)))
+            for case in cases.CASES
+            if (keeps is None or keeps in case.keeps)
+            and (unless_lacks is None or unless_lacks not in case.lacks)
+            and (needs is None or needs in case.needs)
+        ],
+    )
+
+
+def context(case):
+    return problems.relaxed_promotion() if case.optax_inside else contextlib.nullcontext()
+
+
+@functools.cache
+def program(case, num_tasks=T, key=""):
+    """The transformation and its jitted step; every law that can shares them. `key` sets a dtype's program apart."""
+    tx = case.make(num_tasks)
+    value_fn = problems.value_fn(num_tasks)
+
+    @jax.jit
+    def step(task_grads, state, params, losses, task_mask):
+        return tx.update(
+            task_grads, state, params, losses=losses, task_mask=task_mask, value_fn=value_fn, nobody_knows_this=1
+        )
+
+    return tx, step
+
+
+def run(case, matrices, losses=None, masks=None, dtype=jnp.float32):
+    """Runs the method over a sequence of gradient matrices; returns the updates `(steps, SIZE)` and the last state."""
+    matrices = np.asarray(matrices)
+    num_tasks = matrices.shape[1]
+    tx, step = program(case, num_tasks, jnp.dtype(dtype).name)
+    params = problems.params(dtype)
+    updates = []
+    with context(case):
+        state = tx.init(params)
+        for k, matrix in enumerate(matrices):
+            loss = problems.losses(num_tasks, k) if losses is None else losses[k]
+            mask = np.ones(num_tasks, bool) if masks is None else masks[k]
+            wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+            update, state = step(
+                problems.tree_of(matrix, dtype), state, params, jnp.asarray(loss, wide), jnp.asarray(mask)
+            )
+            updates.append(problems.vector_of(update))
+    return np.stack(updates), state
+
+
+def weights_of(state):
+    return np.asarray(optax.tree.get(state, "task_weights"), np.float64)
+
+
+# -- Form ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@every_case()
+def test_update_is_shaped_and_typed_like_the_parameters(case, dtype):
+    x64 = problems.enable_x64() if dtype == "float64" else contextlib.nullcontext()
+    with x64, context(case):
+        tx, step = program(case, T, dtype)
+        params = problems.params(dtype)
+        state = tx.init(params)
+        task_grads = problems.tree_of(problems.gradients(), dtype)
+        losses = jnp.asarray(problems.losses(), jnp.float64 if dtype == "float64" else jnp.float32)
+        updates, new_state = step(task_grads, state, params, losses, jnp.asarray(EVERYONE))
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+        chex.assert_tree_all_finite(updates)
+        assert weights_of(new_state).dtype == np.float64
+        assert optax.tree.get(new_state, "task_weights").dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-4), ("bfloat16", 2e-2)])
+@every_case(unless_lacks="precision")
+def test_the_same_in_every_dtype(case, dtype, rtol):
+    exact_in_both = jnp.float32 if dtype == "float64" else jnp.bfloat16
+    matrices = np.stack([problems.gradients(seed=k) for k in range(2)]).astype(exact_in_both).astype(np.float64)
+    reference, _ = run(case, matrices)
+    with problems.enable_x64() if dtype == "float64" else contextlib.nullcontext():
+        updates, _ = run(case, matrices, dtype=jnp.dtype(dtype))
+    np.testing.assert_allclose(updates, reference, rtol=rtol, atol=rtol * np.abs(reference).max())
+
+
+@every_case()
+def test_one_trace_and_the_same_in_scan(case):
+    tx = case.make(T)
+    value_fn = problems.value_fn(T)
+    params = problems.params()
+    matrices = np.stack([problems.gradients(seed=k) for k in range(4)])
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(state, inputs):
+        task_grads, losses = inputs
+        updates, state = tx.update(task_grads, state, params, losses=losses, value_fn=value_fn)
+        return state, updates
+
+    with context(case):
+        first = tx.init(params)
+        losses = jnp.stack([jnp.asarray(problems.losses(T, k), jnp.float32) for k in range(4)])
+        state, stepped = first, []
+        for k in range(4):
+            state, updates = step(state, (problems.tree_of(matrices[k]), losses[k]))
+            stepped.append(updates)
+        chex.clear_trace_counter()
+        scanned_state, scanned = jax.lax.scan(step, first, (problems.tree_of(matrices), losses))
+        chex.clear_trace_counter()
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, state, scanned_state)
+    np.testing.assert_allclose(
+        np.stack([problems.vector_of(u) for u in stepped]), problems.vector_of(scanned), rtol=1e-5, atol=1e-6
+    )
+
+
+@every_case()
+def test_vmap_over_seeds(case):
+    tx, step = program(case)
+    matrices = np.stack([problems.gradients(seed=k) for k in range(2)])
+    losses = jnp.stack([jnp.asarray(problems.losses(T, k), jnp.float32) for k in range(2)])
+    with context(case):
+        params = problems.params()
+        stacked = jax.tree.map(lambda p: jnp.stack([p, p]), params)
+        states = jax.vmap(tx.init)(stacked)
+        batched = problems.tree_of(matrices)
+        mask = jnp.asarray(EVERYONE)
+        updates, states = jax.vmap(step, in_axes=(0, 0, 0, 0, None))(batched, states, stacked, losses, mask)
+        for k in range(2):
+            task_grads = problems.tree_of(matrices[k])
+            alone, state = step(task_grads, tx.init(params), params, losses[k], mask)
+            np.testing.assert_allclose(problems.vector_of(updates)[k], problems.vector_of(alone), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(
+                np.asarray(optax.tree.get(states, "task_weights"))[k], weights_of(state), rtol=1e-4, atol=1e-6
+            )
+
+
+@every_case(unless_lacks="leaves")
+def test_splitting_leaves_changes_nothing(case):
+    matrix = problems.gradients()
+    split, _ = run(case, [matrix])
+    tx = case.make(T)
+
+    def merge(tree):
+        return jnp.concatenate([tree["a"], tree["b"][0].reshape(*tree["a"].shape[:-1], 4)], -1)
+
+    def value_fn(flat):
+        return problems.value_fn(T)({"a": flat[:4], "b": [flat[4:].reshape(2, 2), None]})
+
+    with context(case):
+        params = merge(problems.params())
+        losses = jnp.asarray(problems.losses(), jnp.float32)
+        task_grads = merge(problems.tree_of(matrix))
+        updates, _ = tx.update(task_grads, tx.init(params), params, losses=losses, value_fn=value_fn)
+    np.testing.assert_allclose(np.asarray(updates), split[0], rtol=1e-4, atol=1e-6)
+
+
+@every_case()
+def test_masked_nodes_are_passed_over(case):
+    tx = case.make(T)
+    matrix = problems.gradients()
+    with context(case):
+        losses = jnp.asarray(problems.losses(), jnp.float32)
+
+        def update(params, task_grads, value_fn):
+            return tx.update(task_grads, tx.init(params), params, losses=losses, value_fn=value_fn)[0]
+
+        params, task_grads = problems.params(), problems.tree_of(matrix)
+        masked = update(
+            {"a": params["a"], "b": optax.MaskedNode()},
+            {"a": task_grads["a"], "b": optax.MaskedNode()},
+            problems.value_fn(T),
+        )
+        bare = update({"a": params["a"]}, {"a": task_grads["a"]}, problems.value_fn(T))
+    assert isinstance(masked["b"], optax.MaskedNode)
+    np.testing.assert_array_equal(np.asarray(masked["a"]), np.asarray(bare["a"]))
+
+
+# -- The contract ----------------------------------------------------------------------------------------------------
+
+
+@every_case()
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda g: jax.tree.map(lambda x: x[0], g), "ordinary gradient"),
+        (lambda g: jax.tree.map(lambda x: x[:2], g), "has length 2"),
+        (lambda g: {**g, "b": [jnp.zeros((T, 2)), None]}, r"\['b'\]\[0\] has shape \(3, 2\), wanted \(3, 2, 2\)"),
+    ],
+    ids=["no task axis", "wrong number of tasks", "wrong leaf"],
+)
+def test_leaves_without_a_proper_task_axis_are_refused(case, spoil, words):
+    tx = case.make(T)
+    params = problems.params()
+    with context(case), pytest.raises(ValueError, match=words) as error:
+        tx.update(spoil(problems.tree_of(problems.gradients())), tx.init(params), params, losses=jnp.ones(T))
+    assert "value_and_task_grads" in str(error.value)
+
+
+@every_case()
+def test_a_missing_task_axis_is_refused_without_params_too(case):
+    tx = case.make(T)
+    params = {"w": jnp.zeros((5, 2))}
+    with context(case), pytest.raises(ValueError, match=r"\['w'\] has shape \(5, 2\), wanted \(3, \*param.shape\)"):
+        tx.update(params, tx.init(params), losses=jnp.ones(T))
+
+
+@every_case()
+def test_a_task_mask_or_losses_of_the_wrong_shape_are_refused(case):
+    tx = case.make(T)
+    params, task_grads = problems.params(), problems.tree_of(problems.gradients())
+    with context(case):
+        state = tx.init(params)
+        for bad in ({"task_mask": jnp.ones(2, bool)}, {"losses": jnp.ones((T, 1))}, {"losses": {"a": 1.0}}):
+            arguments = {"losses": jnp.ones(T), "value_fn": problems.value_fn(T)} | bad
+            (name,) = bad
+            with pytest.raises(ValueError, match=rf"{name} must"):
+                tx.update(task_grads, state, params, **arguments)
+
+
+@every_case()
+def test_num_tasks_is_checked(case):
+    for bad in (0, -1, 2.0, True, jnp.array(2)):
+        with pytest.raises(ValueError, match="num_tasks must be"):
+            case.factory(bad, **case.hyperparams(2))
+
+
+@pytest.mark.parametrize("needed", ["losses", "positive losses", "value_fn", "params"])
+def test_what_is_needed_is_asked_for(needed):
+    rows = [case for case in cases.CASES if needed in case.needs]
+    assert rows
+    for case in rows:
+        tx = case.make(T)
+        params, task_grads = problems.params(), problems.tree_of(problems.gradients())
+        given = {"losses": jnp.ones(T), "value_fn": problems.value_fn(T), "params": params}
+        del given[needed.removeprefix("positive ")]
+        state = tx.init(params)
+        with pytest.raises(ValueError, match="write") as error:
+            tx.update(task_grads, state, **given)
+        assert "tx.update(task_grads, opt_state, params" in str(error.value)
+
+
+@every_case(needs="positive losses")
+def test_a_negative_loss_is_refused_where_known_and_harmless_inside_jit(case):
+    tx, _ = program(case)
+    params, task_grads = problems.params(), problems.tree_of(problems.gradients())
+    with pytest.raises(ValueError, match=r"losses\[1\] = -0.5 is negative"):
+        tx.update(task_grads, tx.init(params), params, losses=jnp.array([1.0, -0.5, 2.0]))
+    updates, _ = run(case, [problems.gradients(seed=k) for k in range(4)], losses=[[1.0, -0.5, 0.0]] * 4)
+    assert np.isfinite(updates).all()
+
+
+@every_case(unless_lacks="gramian")
+def test_a_gramian_is_a_valid_update(case):
+    matrices = np.stack([problems.gradients(seed=k) for k in range(3)])
+    _, expected = run(case, matrices)
+    tx, _ = program(case)
+    with context(case):
+        params = problems.params()
+        state = tx.init(params)
+        for k in range(3):
+            gramian = mtl.Gramian(mtl.task_gramian(problems.tree_of(matrices[k])))
+            losses = jnp.asarray(problems.losses(T, k), jnp.float32)
+            weights, state = tx.update(gramian, state, params, losses=losses)
+        np.testing.assert_array_equal(np.asarray(weights, np.float64), weights_of(state))
+        with pytest.raises(ValueError, match="Gramian has shape"):
+            tx.update(mtl.Gramian(jnp.eye(T + 1)), state, params, losses=losses)
+    np.testing.assert_allclose(weights_of(state), weights_of(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in cases.CASES if "gramian" in case.lacks], ids=str)
+def test_a_method_that_needs_gradients_refuses_a_gramian(case):
+    tx = case.make(T)
+    params = problems.params()
+    with context(case), pytest.raises(ValueError, match="was given a Gramian"):
+        tx.update(mtl.Gramian(jnp.eye(T)), tx.init(params), params, value_fn=problems.value_fn(T))
+
+
+# -- Values ----------------------------------------------------------------------------------------------------------
+
+
+@every_case(unless_lacks="weights")
+def test_the_update_is_the_weighted_sum_that_the_state_tells(case):
+    for kind in problems.KINDS:
+        matrix = problems.gradients(kind)
+        updates, state = run(case, [matrix])
+        scale = np.abs(matrix).max()
+        np.testing.assert_allclose(updates[0], weights_of(state) @ matrix, rtol=1e-4, atol=1e-5 * scale, err_msg=kind)
+
+
+@every_case()
+def test_one_task_alone(case):
+    matrix = problems.gradients(num_tasks=1)
+    (update,), state = run(case, [matrix], losses=[[0.7]])
+    np.testing.assert_allclose(update, case.alone(matrix[0], 0.7), rtol=1e-4)
+    assert weights_of(state) > 0
+
+
+@every_case()
+def test_zero_gradients_give_zero(case):
+    updates, state = run(case, np.zeros((3, T, problems.SIZE)))
+    np.testing.assert_array_equal(updates, 0)
+    assert np.isfinite(weights_of(state)).all()
+
+
+@pytest.mark.parametrize("kind", problems.KINDS)
+@every_case()
+def test_degenerate_gradients_give_finite_weights(case, kind):
+    updates, state = run(case, np.stack([problems.gradients(kind, seed=k) for k in range(4)]))
+    assert np.isfinite(updates).all()
+    chex.assert_tree_all_finite(jax.tree.map(jnp.asarray, [x for x in jax.tree.leaves(state) if _is_float(x)]))
+
+
+def _is_float(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+@pytest.mark.parametrize("power", [-15, -8, 8, 15])
+@every_case()
+def test_scale(case, power):
+    matrices = np.stack([problems.gradients(seed=k) for k in range(3)])
+    updates, state = run(case, 10.0**power * matrices)
+    assert np.isfinite(updates).all()
+    assert np.isfinite(weights_of(state)).all()
+    if case.scale is not None:
+        reference, _ = run(case, matrices)
+        rescaled = updates / 10.0 ** (power * case.scale)
+        np.testing.assert_allclose(rescaled, reference, rtol=1e-3, atol=1e-4 * np.abs(reference).max())
+
+
+adversarial = hnp.arrays(
+    np.float32,
+    (T, problems.SIZE),
+    elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False) | st.sampled_from([0.0, 1.0, -1.0, 1e-6, -1e-6]),
+)
+
+
+@every_case()
+@hypothesis.given(matrix=adversarial)
+@hypothesis.settings(max_examples=25)
+def test_whatever_the_gradients_the_update_is_finite(case, matrix):
+    updates, state = run(case, [matrix, matrix[::-1]])
+    assert np.isfinite(updates).all()
+    assert np.isfinite(weights_of(state)).all()
+
+
+# -- Absent and broken tasks -----------------------------------------------------------------------------------------
+
+
+@every_case(unless_lacks="absent")
+def test_a_masked_task_equals_the_method_run_without_it(case):
+    matrices = np.stack([problems.gradients(seed=k) for k in range(4)])
+    losses = np.stack([problems.losses(T, k) for k in range(4)])
+    kept = [0, 2]
+    mask = np.isin(np.arange(T), kept)
+    masked, state = run(case, matrices, losses, [mask] * 4)
+    without = _run_without(case, matrices[:, kept], losses[:, kept], kept)
+    np.testing.assert_allclose(masked, without, rtol=1e-3, atol=1e-4 * np.abs(without).max())
+    assert weights_of(state)[1] == 0
+    assert not np.any(optax.tree.get(state, "nonfinite_count"))
+
+
+def _run_without(case, matrices, losses, kept):
+    """As `run`, for fewer tasks that are looked at by the same `value_fn`."""
+    num_tasks = matrices.shape[1]
+    tx = case.make(num_tasks)
+    with context(case):
+        params = problems.params()
+        state, updates = tx.init(params), []
+        for matrix, loss in zip(matrices, losses, strict=True):
+            update, state = tx.update(
+                problems.tree_of(matrix),
+                state,
+                params,
+                losses=jnp.asarray(loss, jnp.float32),
+                value_fn=lambda tree: problems.value_fn(T)(tree)[np.array(kept)],
+            )
+            updates.append(problems.vector_of(update))
+    return np.stack(updates)
+
+
+@every_case()
+def test_a_masked_task_keeps_its_state(case):
+    """A task masked in the middle goes on as if the step had not been, even if its gradient is garbage."""
+    matrices = np.stack([problems.gradients(seed=k) for k in range(2)])
+    _, before = run(case, matrices)
+    garbage = matrices[1].copy()
+    garbage[1] = np.nan
+    mask = np.array([True, False, True])
+    losses = [problems.losses(T, 0), problems.losses(T, 1), [1.0, np.nan, 1.0]]
+    updates, after = run(case, [*matrices, garbage], losses, [EVERYONE, EVERYONE, mask])
+    assert np.isfinite(updates).all()
+    assert not np.any(optax.tree.get(after, "nonfinite_count"))
+    paths_and_leaves = jax.tree_util.tree_leaves_with_path(after.method)
+    for (path, new), old in zip(paths_and_leaves, jax.tree.leaves(before.method), strict=True):
+        name = jax.tree_util.keystr(path)
+        if new.ndim and new.shape[0] == T and _is_float(new) and "head_weights" not in name:
+            np.testing.assert_array_equal(np.asarray(new)[1], np.asarray(old)[1], err_msg=name)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@every_case()
+def test_a_task_that_is_not_finite_counts_as_absent(case, bad):
+    matrices = np.stack([problems.gradients(seed=k) for k in range(3)])
+    broken = matrices.copy()
+    broken[1, 1, 4] = bad
+    mask = np.array([True, False, True])
+    updates, state = run(case, broken)
+    expected, expected_state = run(case, matrices, masks=[EVERYONE, mask, EVERYONE])
+    np.testing.assert_allclose(updates, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(weights_of(state), weights_of(expected_state), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(optax.tree.get(state, "nonfinite_count"), [0, 1, 0])
+
+
+@every_case()
+def test_a_loss_that_is_not_finite_sets_its_task_aside(case):
+    matrix = problems.gradients()
+    updates, state = run(case, [matrix], losses=[[1.0, 2.0, np.nan]])
+    expected, _ = run(case, [matrix], losses=[[1.0, 2.0, 3.0]], masks=[[True, True, False]])
+    np.testing.assert_allclose(updates, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(optax.tree.get(state, "nonfinite_count"), [0, 0, 1])
+
+
+@every_case()
+def test_without_any_task_the_update_is_zero_and_the_state_recovers(case):
+    matrices = np.stack([problems.gradients(seed=k) for k in range(3)])
+    broken = matrices.copy()
+    broken[1] = np.nan
+    updates, state = run(case, broken)
+    np.testing.assert_array_equal(updates[1], 0)
+    assert np.isfinite(updates).all()
+    assert np.any(updates[2] != 0)
+    np.testing.assert_array_equal(optax.tree.get(state, "nonfinite_count"), 1)
+    masked, _ = run(case, matrices, masks=[EVERYONE, ~EVERYONE, EVERYONE])
+    np.testing.assert_array_equal(masked[1], 0)
+
+
+# -- With Optax ------------------------------------------------------------------------------------------------------
+
+
+@every_case()
+def test_chained_with_adam_it_descends(case):
+    """A sum of quadratics, from zero: each task pulls to its own minimum along the same axis."""
+    value_fn = problems.value_fn(T)
+    tx = optax.chain(case.make(T), optax.adam(0.05))
+
+    @jax.jit
+    def step(params, state):
+        losses, task_grads = mtl.value_and_task_grads(value_fn)(params)
+        updates, state = tx.update(task_grads, state, params, losses=losses, value_fn=value_fn)
+        return optax.apply_updates(params, updates), state, losses
+
+    with problems.relaxed_promotion():
+        params = problems.params()
+        state = tx.init(params)
+        first = value_fn(params)
+        for _ in range(40):
+            params, state, losses = step(params, state)
+    assert np.all(np.asarray(losses) < np.asarray(first))
+
+
+@every_case()
+def test_inject_hyperparams(case):
+    matrix = problems.gradients()
+    with problems.relaxed_promotion():
+        (expected,), _ = run(case, [matrix])
+        tx = optax.inject_hyperparams(case.factory, static_args=("num_tasks", *case.static))(T, **case.hyperparams(T))
+        params = problems.params()
+        state = tx.init(params)
+
+        @jax.jit
+        def step(task_grads, state, losses):
+            return tx.update(task_grads, state, params, losses=losses, value_fn=problems.value_fn(T))
+
+        updates, state = step(problems.tree_of(matrix), state, jnp.asarray(problems.losses(), jnp.float32))
+    np.testing.assert_allclose(problems.vector_of(updates), expected, rtol=1e-4, atol=1e-5)
+    assert optax.tree.get(state, "task_weights").shape == (T,)
+
+
+@every_case()
+def test_partition_and_what_others_own(case):
+    """Under `optax.partition` a method balances its own leaves and sees no others."""
+    matrix = problems.gradients()
+    labels = {"a": "mine", "b": "other"}
+    with problems.relaxed_promotion():
+        tx = optax.partition({"mine": case.make(T), "other": mtl.sum_tasks(T)}, labels)
+        params, task_grads = problems.params(), problems.tree_of(matrix)
+        losses = jnp.asarray(problems.losses(), jnp.float32)
+        updates, state = tx.update(
+            task_grads,
+            tx.init(params),
+            params,
+            losses=losses,
+            value_fn=lambda tree: jnp.sum(tree["a"]) * jnp.arange(3.0),
+        )
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    np.testing.assert_allclose(updates["b"][0], matrix[:, 4:].sum(0).reshape(2, 2), rtol=1e-5)
+    assert len(optax.tree.get_all_with_path(state, "task_weights")) == 2
+
+
+@every_case()
+def test_tree_map_params(case):
+    tx = case.make(T)
+    params = problems.params()
+    with context(case):
+        state = tx.init(params)
+        mapped = optax.tree.map_params(tx, lambda leaf: leaf, state, transform_non_params=lambda leaf: leaf)
+    chex.assert_trees_all_equal_structs(mapped, state)
+
+
+@every_case()
+def test_the_same_key_gives_the_same_numbers(case):
+    matrices = np.stack([problems.gradients("conflicting", seed=k) for k in range(3)])
+    first, _ = run(case, matrices)
+    program.cache_clear()
+    again, _ = run(case, matrices)
+    np.testing.assert_array_equal(first, again)
+
+
+# -- Laws that a row claims ------------------------------------------------------------------------------------------
+
+
+@every_case(keeps="permutation")
+def test_permuting_the_tasks_permutes_the_weights(case):
+    order = np.array([2, 0, 1])
+    matrices = np.stack([problems.gradients(seed=k) for k in range(4)])
+    losses = np.stack([problems.losses(T, k) for k in range(4)])
+    updates, state = run(case, matrices, losses)
+    permuted, permuted_state = run(case, matrices[:, order], losses[:, order])
+    np.testing.assert_allclose(permuted, updates, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(weights_of(permuted_state), weights_of(state)[order], rtol=1e-3, atol=1e-5)
+
+
+@every_case(keeps="non-conflicting")
+@hypothesis.given(seed=st.integers(0, 10**6), kind=st.sampled_from(problems.KINDS))
+def test_no_task_is_worse_off(case, seed, kind):
+    matrix = problems.gradients(kind, seed=seed)
+    (update,), _ = run(case, [matrix])
+    norms = np.linalg.norm(matrix, axis=1)
+    slack = 1e-3 * norms * max(np.linalg.norm(update), 1e-3 * norms.max())
+    assert np.all(matrix @ update >= -slack)
+
+
+@every_case(keeps="task-scale")
+@hypothesis.given(powers=hnp.arrays(np.float64, T, elements=st.floats(-4, 4)))
+def test_rescaling_a_task_does_not_turn_the_update(case, powers):
+    matrix = problems.gradients()
+    (update,), _ = run(case, [matrix])
+    (rescaled,), _ = run(case, [10.0 ** powers[:, None] * matrix])
+    np.testing.assert_allclose(
+        rescaled / np.linalg.norm(rescaled), update / np.linalg.norm(update), rtol=1e-3, atol=1e-4
+    )
+
+
+@every_case(keeps="linear")
+@hypothesis.given(scales=hnp.arrays(np.float64, (2, T), elements=st.floats(0.125, 8)))
+def test_linear_under_scaling(case, scales):
+    matrix = problems.gradients()
+    one, other = (run(case, [c[:, None] * matrix])[0][0] for c in scales)
+    both = run(case, [scales.sum(0)[:, None] * matrix])[0][0]
+    np.testing.assert_allclose(both, one + other, rtol=1e-4, atol=1e-4)
+
+
+@every_case(keeps="simplex")
+@hypothesis.given(seed=st.integers(0, 10**6))
+@hypothesis.settings(max_examples=20)
+def test_weights_are_on_the_simplex(case, seed):
+    matrices = [problems.gradients(seed=seed + k) for k in range(2)]
+    _, state = run(case, matrices)
+    weights = weights_of(state)
+    assert np.all(weights >= 0)
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
+
+
+@every_case(keeps="stationary")
+@hypothesis.given(seed=st.integers(0, 10**6))
+@hypothesis.settings(max_examples=20)
+def test_pareto_stationary_points_are_fixed_points(case, seed):
+    matrix = problems.gradients("stationary", seed=seed)
+    (update,), _ = run(case, [matrix])
+    np.testing.assert_allclose(update, 0, atol=1e-3 * np.abs(matrix).max())
