@@ -86,10 +86,11 @@ def check_static_int(name: str, value: Any, low: int, high: float = float("inf")
             f"{name} must be a static int, found {value!r}. Under optax.inject_hyperparams, name it in static_args: "
             f'optax.inject_hyperparams(method, static_args=("num_tasks", "{name}")).'
         )
-    if not low <= value <= high:
+    static = int(value)
+    if not low <= static <= high:
         bound = f"at least {low}" if high == float("inf") else f"between {low} and {high:.0f}"
         raise ValueError(f"{name} must be {bound}, found {value}.")
-    return int(value)
+    return static
 
 
 def check_num_tasks(num_tasks: int) -> int:

@@ -177,7 +177,8 @@ def test_splitting_leaves_changes_nothing(case):
         params = merge(problems.params())
         losses = jnp.asarray(problems.losses(), jnp.float32)
         task_grads = merge(problems.tree_of(matrix))
-        updates, _ = tx.update(task_grads, tx.init(params), params, losses=losses, value_fn=value_fn)
+        update = jax.jit(functools.partial(tx.update, value_fn=value_fn))
+        updates, _ = update(task_grads, tx.init(params), params, losses=losses)
     np.testing.assert_allclose(np.asarray(updates), split[0], rtol=1e-4, atol=1e-6)
 
 
@@ -188,16 +189,13 @@ def test_masked_nodes_are_passed_over(case):
     with context(case):
         losses = jnp.asarray(problems.losses(), jnp.float32)
 
-        def update(params, task_grads, value_fn):
-            return tx.update(task_grads, tx.init(params), params, losses=losses, value_fn=value_fn)[0]
+        @jax.jit
+        def update(params, task_grads):
+            return tx.update(task_grads, tx.init(params), params, losses=losses, value_fn=problems.value_fn(T))[0]
 
         params, task_grads = problems.params(), problems.tree_of(matrix)
-        masked = update(
-            {"a": params["a"], "b": optax.MaskedNode()},
-            {"a": task_grads["a"], "b": optax.MaskedNode()},
-            problems.value_fn(T),
-        )
-        bare = update({"a": params["a"]}, {"a": task_grads["a"]}, problems.value_fn(T))
+        masked = update({"a": params["a"], "b": optax.MaskedNode()}, {"a": task_grads["a"], "b": optax.MaskedNode()})
+        bare = update({"a": params["a"]}, {"a": task_grads["a"]})
     assert isinstance(masked["b"], optax.MaskedNode)
     np.testing.assert_array_equal(np.asarray(masked["a"]), np.asarray(bare["a"]))
 
@@ -284,10 +282,11 @@ def test_a_gramian_is_a_valid_update(case):
     with context(case):
         params = problems.params()
         state = tx.init(params)
+        update = jax.jit(tx.update)
         for k in range(3):
             gramian = mtl.Gramian(mtl.task_gramian(problems.tree_of(matrices[k])))
             losses = jnp.asarray(problems.losses(T, k), jnp.float32)
-            weights, state = tx.update(gramian, state, params, losses=losses)
+            weights, state = update(gramian, state, params, losses=losses)
         np.testing.assert_array_equal(np.asarray(weights, np.float64), weights_of(state))
         with pytest.raises(ValueError, match="Gramian has shape"):
             tx.update(mtl.Gramian(jnp.eye(T + 1)), state, params, losses=losses)
@@ -390,17 +389,16 @@ def _run_without(case, matrices, losses, kept):
     """As `run`, for fewer tasks that are looked at by the same `value_fn`."""
     num_tasks = matrices.shape[1]
     tx = case.make(num_tasks)
+
+    def value_fn(params):
+        return problems.value_fn(T)(params)[np.array(kept)]
+
+    step = jax.jit(functools.partial(tx.update, value_fn=value_fn))
     with context(case):
         params = problems.params()
         state, updates = tx.init(params), []
         for matrix, loss in zip(matrices, losses, strict=True):
-            update, state = tx.update(
-                problems.tree_of(matrix),
-                state,
-                params,
-                losses=jnp.asarray(loss, jnp.float32),
-                value_fn=lambda tree: problems.value_fn(T)(tree)[np.array(kept)],
-            )
+            update, state = step(problems.tree_of(matrix), state, params, losses=jnp.asarray(loss, jnp.float32))
             updates.append(problems.vector_of(update))
     return np.stack(updates)
 
@@ -512,13 +510,8 @@ def test_partition_and_what_others_own(case):
         tx = optax.partition({"mine": case.make(T), "other": mtl.sum_tasks(T)}, labels)
         params, task_grads = problems.params(), problems.tree_of(matrix)
         losses = jnp.asarray(problems.losses(), jnp.float32)
-        updates, state = tx.update(
-            task_grads,
-            tx.init(params),
-            params,
-            losses=losses,
-            value_fn=lambda tree: jnp.sum(tree["a"]) * jnp.arange(3.0),
-        )
+        update = jax.jit(functools.partial(tx.update, value_fn=lambda tree: jnp.sum(tree["a"]) * jnp.arange(3.0)))
+        updates, state = update(task_grads, tx.init(params), params, losses=losses)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     np.testing.assert_allclose(updates["b"][0], matrix[:, 4:].sum(0).reshape(2, 2), rtol=1e-5)
     assert len(optax.tree.get_all_with_path(state, "task_weights")) == 2

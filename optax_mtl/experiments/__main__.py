@@ -1,0 +1,174 @@
+"""The command line: `optax-mtl compare`, or `python -m optax_mtl.experiments compare`."""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import difflib
+import importlib.util
+import math
+import pathlib
+import shlex
+import sys
+from typing import Any, NoReturn
+
+from optax_mtl.experiments._registry import METHODS
+
+BENCHMARKS = {
+    "multidigits": "two overlapping handwritten digits: left digit, right digit, parity of their sum",
+    "logic-gates": "XOR and AND from two shared units, the experiment published with CDTT",
+}
+_DESCRIPTION = """\
+Trains the same network with every method, from the same weights on the same batches, and compares.
+
+  multidigits   scikit-learn's handwritten digits, two overlapping on a canvas; three tasks on one trunk,
+                and against one network a task
+  logic-gates   XOR and AND from two shared units: how many seeds learn both, and how fast
+"""
+_EPILOG = """\
+examples:
+  Both benchmarks with every method, a few minutes on two cores:
+    %(prog)s
+  A quick look at three methods:
+    %(prog)s --benchmark multidigits --methods mgda,cdtt,mao --seeds 3 --steps 300
+  A longer run, its report kept apart:
+    %(prog)s --benchmark multidigits --steps 6000 --seeds 20 --out long-run
+  Three gates instead of two, and one more method:
+    %(prog)s --benchmark logic-gates --gates xor,and,or --methods edm,cdtt,mgda
+
+The report goes to the directory --out: report.md with findings, tables and pictures, results.json with all
+the numbers. Every method runs with its default arguments, the same optimiser and the same budget.
+"""
+_EXTRAS = ("flax", "matplotlib", "sklearn", "tqdm")  # what pip's extra `experiments` brings
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and name the nearest right option."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        namespace, extras = super().parse_known_args(args, namespace)
+        for option in extras:
+            near = difflib.get_close_matches(option.split("=")[0], self._option_string_actions, 1)
+            if near:
+                self.error(f"unknown option {option}: did you mean {near[0]}?")
+        return namespace, extras
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _one_of(kind: str, known: Iterable[str]) -> Callable[[str], str]:
+    names = {name.replace("-", "_"): name for name in known}
+
+    def check(name: str) -> str:
+        if name in names.values():
+            return name
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), names, 1, cutoff=0.5)
+        hint = f"did you mean {names[near[0]]!r}?" if near else f"choose from {', '.join(names.values())}"
+        raise argparse.ArgumentTypeError(f"unknown {kind} {name!r}: {hint}")
+
+    return check
+
+
+def _several(check: Callable[[str], str]) -> Callable[[str], list[str]]:
+    return lambda text: list(dict.fromkeys(check(name.strip()) for name in text.split(",")))
+
+
+def _whole(most: int) -> Callable[[str], int]:
+    def check(text: str) -> int:
+        if text.isdecimal() and 1 <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 1 to {most}, found {text!r}")
+
+    return check
+
+
+def _rate(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"wanted a number above 0, found {text!r}")
+
+
+def _parser(prog: str) -> _Parser:
+    parser = _Parser(prog=prog, description="Experiments with optax_mtl's methods.")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_Parser)
+    compare = commands.add_parser(
+        "compare",
+        help="train with every method and compare",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = compare.add_argument
+    add(
+        "--benchmark",
+        type=_one_of("benchmark", ["all", *BENCHMARKS]),
+        default="all",
+        metavar="NAME",
+        help="multidigits, logic-gates or all (default: all)",
+    )
+    add(
+        "--methods",
+        type=_several(_one_of("method", METHODS)),
+        metavar="A,B,...",
+        help="which methods (default: multidigits all; logic-gates the three with numbers from its authors' code)",
+    )
+    add("--seeds", type=_whole(10_000), metavar="N", help="how many (default: multidigits 8, logic-gates 400)")
+    add(
+        "--steps",
+        type=_whole(1_000_000),
+        metavar="N",
+        help="multidigits: training steps (default: 1500); logic-gates: epochs at most (default: 2500)",
+    )
+    add("--learning-rate", type=_rate, metavar="X", help="default: multidigits 0.002 (Adam), logic-gates 0.05 (SGD)")
+    add("--batch-size", type=_whole(10_000), metavar="N", help="multidigits only (default: 128)")
+    add("--width", type=_whole(10_000), metavar="N", help="multidigits only: units in a hidden layer (default: 64)")
+    add(
+        "--gates",
+        type=_several(_one_of("gate", ("xor", "and", "or"))),
+        metavar="A,B,...",
+        help="logic-gates only (default: xor,and)",
+    )
+    add(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("optax-mtl-report"),
+        metavar="DIR",
+        help="where the report goes (default: optax-mtl-report)",
+    )
+    add("--list", action="store_true", help="list methods and benchmarks, and stop")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+      argv: the arguments; those of the process if None.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    console_script = pathlib.Path(sys.argv[0]).stem == "optax-mtl"
+    prog = "optax-mtl" if console_script else "python -m optax_mtl.experiments"
+    parser = _parser(prog)
+    options = vars(parser.parse_args(argv))
+    options.pop("command")
+    if options.pop("list"):
+        print("methods:", *(f"  {name:28}{m.summary}" for name, m in METHODS.items()), sep="\n")
+        print("benchmarks:", *(f"  {name:28}{what}" for name, what in BENCHMARKS.items()), sep="\n")
+        return
+    missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f'{", ".join(missing)} not installed. Write: pip install "optax-mtl[experiments]"')
+
+    from optax_mtl.experiments import _compare  # needs the extra
+
+    benchmark = options.pop("benchmark")
+    _compare.compare(
+        list(BENCHMARKS) if benchmark == "all" else [benchmark],
+        command=shlex.join([*prog.split(), *argv]),
+        **options,
+    )
+
+
+if __name__ == "__main__":
+    main()

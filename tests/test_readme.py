@@ -1,0 +1,37 @@
+"""Every Python block of the README runs, in order, in one namespace."""
+
+import pathlib
+import re
+
+import pytest
+
+import optax_mtl as mtl
+import problems
+
+README = pathlib.Path(mtl.__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_every_block_runs():
+    namespace = {}
+    with problems.relaxed_promotion():
+        for block in BLOCKS:
+            exec(compile(block, str(README), "exec"), namespace)
+    assert namespace["losses"].shape == (2,)
+    assert len(BLOCKS) >= 3
+
+
+def test_make_has_the_commands_it_names():
+    makefile = (README.parent / "Makefile").read_text()
+    named = set(re.findall(r"^make (\w+)", README.read_text(), flags=re.MULTILINE))
+    assert {"demo", "test"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`((?:notebooks|tests|optax_mtl)/[\w./]+)`", README.read_text())))
+)
+def test_the_files_it_names_exist(path):
+    if path != "optax_mtl/methods/_mine.py":
+        assert (README.parent / path).exists()
