@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax import numpy as jnp
+import numpy as np
 import optax
 
 Params = optax.Params
@@ -175,10 +176,13 @@ def check_losses(losses: Any, num_tasks: int, method: str, *, positive: bool = F
             f"{method}: losses must be one array of shape ({num_tasks},), in the order of the task axis, found "
             f"{_describe(losses)}. optax_mtl.value_and_task_grads returns it so."
         )
-    if positive and not isinstance(losses, jax.core.Tracer) and bool(jnp.any(losses < 0)):
-        i = int(jnp.argmax(losses < 0))
+    if not positive or isinstance(losses, jax.core.Tracer) or not getattr(losses, "is_fully_addressable", True):
+        return
+    known = np.asarray(losses)  # NumPy: inside jit, JAX would trace a comparison of constants too
+    if np.any(known < 0):
+        i = int(np.argmax(known < 0))
         raise ValueError(
-            f"{method} takes the logarithm of the losses, but losses[{i}] = {float(losses[i]):.6g} is negative. "
+            f"{method} takes the logarithm of the losses, but losses[{i}] = {known[i]:.6g} is negative. "
             "Shift that loss so that its minimum is zero, or choose a method that does not look at the losses."
         )
 
