@@ -26,7 +26,8 @@ class BalanceState(NamedTuple):
       task_weights: `(T,)` weights of the last step: the update was `sum_i task_weights[i] * grad_i`. For methods
         that mix elementwise, each task's share of the update. Zero for absent tasks, and before the first step.
       task_present: `(T,)` bool, the tasks that took part in the last step.
-      nonfinite_count: `(T,)` int32, how often a task was set aside because its gradient or loss was not finite.
+      nonfinite_count: `(T,)` int32, how often a task was set aside because its gradient or loss was not finite. A
+        gradient counts as such from a norm of about 1e19 on, whose square overflows in float32.
       method: what the method itself remembers; `()` if it is stateless.
     """
 
@@ -56,7 +57,7 @@ def next_balance_state(
 
 def accumulator_dtype(tree: Any) -> jnp.dtype:
     """Dtype in which sums over `tree` are kept: float64 if any leaf has it, else float32."""
-    wide = any(jnp.dtype(leaf.dtype) in (jnp.float64, jnp.complex128) for leaf in jax.tree.leaves(tree))
+    wide = any(jnp.result_type(leaf) == jnp.float64 for leaf in jax.tree.leaves(tree))
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
@@ -145,10 +146,15 @@ def check_task_grads(updates: TaskGrads, num_tasks: int, params: Params | None =
             )
     for i, (path, leaf) in enumerate(leaves):
         found = jnp.shape(leaf)
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"task_grads{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, wanted floating point. "
+                "(Optimise the real and imaginary parts of complex parameters: optax.contrib.split_real_and_imaginary.)"
+            )
         shape = shapes[i] if params is not None else found[1:]
         if found == (num_tasks, *shape) or (single and found == (1, *shape)):
             continue
-        where = jax.tree_util.keystr(path) or "the only leaf"
+        where = jax.tree_util.keystr(path)
         wanted = (num_tasks, *shape) if params is not None else f"({num_tasks}, *param.shape)"
         if params is not None and found == shape:
             why = "This is an ordinary gradient, without the task axis: compute"
@@ -160,12 +166,18 @@ def check_task_grads(updates: TaskGrads, num_tasks: int, params: Params | None =
             f"task_grads{where} has shape {found}, wanted {wanted}. {why} them with\n"
             "    losses, task_grads = optax_mtl.value_and_task_grads(loss_fn)(params, batch)\n"
             "or stack your own with optax_mtl.stack_task_grads([grads_of_task_0, ...]), and put the balancing method "
-            "before every other transformation in optax.chain (or wrap those in optax_mtl.per_task)."
+            "before every other transformation in optax.chain (or wrap those in optax_mtl.per_task). optax.MultiSteps "
+            "and other accumulators come after it too."
         )
 
 
-def check_losses(losses: Any, num_tasks: int, method: str, *, positive: bool = False) -> None:
-    """Raises `ValueError` unless `losses` is `(num_tasks,)`, and not negative where that is `positive` and known."""
+def check_losses(
+    losses: Any, num_tasks: int, method: str, *, positive: bool = False, task_mask: jax.Array | None = None
+) -> None:
+    """Raises `ValueError` unless `losses` is `(num_tasks,)` and, if `positive`, none of a present task is negative.
+
+    Values are looked at only where they are known: outside jit. A loss that is not finite is no error here.
+    """
     if losses is None:
         raise ValueError(
             f"{method} needs the tasks' losses: write\n"
@@ -176,15 +188,20 @@ def check_losses(losses: Any, num_tasks: int, method: str, *, positive: bool = F
             f"{method}: losses must be one array of shape ({num_tasks},), in the order of the task axis, found "
             f"{_describe(losses)}. optax_mtl.value_and_task_grads returns it so."
         )
-    if not positive or isinstance(losses, jax.core.Tracer) or not getattr(losses, "is_fully_addressable", True):
+    if not positive or not _is_known(losses) or not _is_known(task_mask):
         return
     known = np.asarray(losses)  # NumPy: inside jit, JAX would trace a comparison of constants too
-    if np.any(known < 0):
-        i = int(np.argmax(known < 0))
+    negative = np.isfinite(known) & (known < 0) & (True if task_mask is None else np.asarray(task_mask, bool))
+    if np.any(negative):
+        i = int(np.argmax(negative))
         raise ValueError(
-            f"{method} takes the logarithm of the losses, but losses[{i}] = {known[i]:.6g} is negative. "
+            f"{method} needs losses that are not negative, but losses[{i}] = {known[i]:.6g}. "
             "Shift that loss so that its minimum is zero, or choose a method that does not look at the losses."
         )
+
+
+def _is_known(value: Any) -> bool:
+    return not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)
 
 
 def _describe(value: Any) -> str:
@@ -238,7 +255,14 @@ def present_tasks(
     return finite & mask, ~finite & mask
 
 
-def as_key(key: jax.Array | int) -> jax.Array:
-    """A random key from a key or a seed."""
+def masked_softmax(x: jax.Array, present: jax.Array) -> jax.Array:
+    """The softmax of `x` `(T,)` over the tasks that are present; without any of them it means nothing."""
+    return jax.nn.softmax(x, where=present | ~jnp.any(present))
+
+
+def as_key(method: str, key: jax.Array | int | None) -> jax.Array:
+    """A random key from a key or a seed; raises `ValueError` if there is none."""
+    if key is None:
+        raise ValueError(f"{method} is random: give it a key or a seed, {method}(num_tasks, key=0).")
     is_seed = jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer)
     return jax.random.key(key) if is_seed else jnp.asarray(key)

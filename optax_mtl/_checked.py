@@ -9,7 +9,9 @@ import optax
 from optax_mtl import _base
 
 
-def checked(tx: optax.GradientTransformation, num_tasks: int) -> optax.GradientTransformationExtraArgs:
+def checked(
+    tx: optax.GradientTransformation, num_tasks: int, **extra_args: Any
+) -> optax.GradientTransformationExtraArgs:
     """Refuses an optimiser that mixes up tasks and parameters, before the first step.
 
     A balancing method sees only what it is handed. It cannot see that `optax.adam` stands before it in the chain (and
@@ -21,13 +23,15 @@ def checked(tx: optax.GradientTransformation, num_tasks: int) -> optax.GradientT
     Args:
       tx: the whole optimiser: it takes task gradients and returns updates for the parameters.
       num_tasks: number of tasks `T`.
+      **extra_args: for the dry run, whatever `tx` needs beside `losses` and `value_fn`: an example of the `value` of
+        `optax.contrib.reduce_on_plateau`, say.
 
     Returns:
       `tx`, checked; the state is that of `tx`.
 
     Raises:
-      ValueError: if the updates are not shaped and typed like the parameters, or the state changes its shape in an
-        update; it names the leaf and the remedy.
+      ValueError: if the updates are not shaped like the parameters, or the state changes its shape in an update; it
+        names the leaf and the remedy.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_mtl as mtl
@@ -50,17 +54,17 @@ def checked(tx: optax.GradientTransformation, num_tasks: int) -> optax.GradientT
 
             def dry_run(task_grads: Any, state: Any, params: Any, losses: Any) -> Any:
                 value_fn = lambda _: losses  # noqa: E731
-                return tx.update(task_grads, state, params, losses=losses, value_fn=value_fn)
+                return tx.update(task_grads, state, params, **{"losses": losses, "value_fn": value_fn, **extra_args})
 
             updates, after = jax.eval_shape(dry_run, task_grads, state, params, losses)
             _check_shapes(updates, params, state, after)
         return state
 
     def update_fn(
-        updates: _base.TaskGrads, state: Any, params: _base.Params | None = None, **extra_args: Any
+        updates: _base.TaskGrads, state: Any, params: _base.Params | None = None, **update_args: Any
     ) -> tuple[Any, Any]:
-        _base.check_task_grads(updates, num_tasks, params)
-        balanced, after = tx.update(updates, state, params, **extra_args)
+        _base.check_task_grads(updates, num_tasks, params, single=True)
+        balanced, after = tx.update(updates, state, params, **update_args)
         _check_shapes(balanced, params, state, after)
         return balanced, after
 
@@ -68,6 +72,11 @@ def checked(tx: optax.GradientTransformation, num_tasks: int) -> optax.GradientT
 
 
 def _check_shapes(updates: Any, params: Any, before: Any, after: Any) -> None:
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise ValueError(
+            f"The optimiser's state is {jax.tree.structure(before)} before an update and "
+            f"{jax.tree.structure(after)} after it: an update must keep its structure."
+        )
     for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
         if jnp.shape(old) != jnp.shape(new):
             raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
+import numpy as np
 import optax
 
 from optax_mtl import _base, _gramian, _weighting
@@ -61,9 +62,9 @@ def per_task(inner: optax.GradientTransformation, num_tasks: int) -> optax.Gradi
     `per_task(optax.clip_by_global_norm(1.0), T)` clips task by task. Placed before a balancing method, this is what
     keeps stateful transformations right: on their own they keep one state for all tasks' gradients.
 
-    A task that is masked keeps its state and passes on zeros. A task whose gradient is not finite keeps its state too,
-    and passes on NaN, so that the balancing method behind sets it aside and counts it. Random keys in the state of
-    `inner` (typed keys, or fields whose name has `key` or `rng` in it) are split, one for each task.
+    A task that is masked keeps its state and passes on zeros. A task whose gradient or loss is not finite keeps its
+    state too, and passes on NaN, so that the balancing method behind sets it aside and counts it. Random keys in the
+    state of `inner` (typed keys, or fields whose name has `key` or `rng` in it) are split, one for each task.
 
     Args:
       inner: any Optax transformation of ordinary gradients.
@@ -96,16 +97,20 @@ def per_task(inner: optax.GradientTransformation, num_tasks: int) -> optax.Gradi
         state: Any,
         params: _base.Params | None = None,
         *,
+        losses: jax.Array | None = None,
         task_mask: jax.Array | None = None,
         task_finite: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         check_not_gramian(updates, "per_task")
         _base.check_task_grads(updates, num_tasks, params)
+        if losses is not None:
+            _base.check_losses(losses, num_tasks, "per_task")
+            extra_args["losses"] = losses
         if not jax.tree.leaves(updates):
             return updates, state
         norms = _gramian.task_squared_norms(updates)
-        present, nonfinite = _base.present_tasks(norms, None, task_mask, task_finite)
+        present, nonfinite = _base.present_tasks(norms, losses, task_mask, task_finite)
 
         def update_one(grads: _base.Params, inner_state: Any) -> tuple[Any, Any]:
             return inner.update(grads, inner_state, params, **extra_args)
@@ -216,8 +221,11 @@ def shared_and_heads(method: optax.GradientTransformation, shared: Any) -> optax
         labels = _labels(shared, updates)
         leaves, treedef = jax.tree.flatten(updates)
         labelled = list(zip(leaves, labels, strict=True))
-        num_tasks = max((leaf.shape[0] for leaf, label in labelled if _is_shared(label)), default=1)
+        num_tasks = max((leaf.shape[0] for leaf, label in labelled if _is_shared(label) and leaf.ndim), default=1)
         _base.check_task_grads(updates, num_tasks, params, single=True)
+        for label in labels:
+            if _is_owner(label) and not 0 <= label < num_tasks:
+                raise ValueError(f"shared_and_heads: `shared` names task {label} as an owner; there are {num_tasks}.")
 
         trunk_params = None if params is None else _keep_shared(params, labels)
         if value_fn is not None:
@@ -269,17 +277,22 @@ def _is_owner(label: Any) -> bool:
     return isinstance(label, int) and not isinstance(label, bool)
 
 
+def _plain(label: Any) -> Any:
+    """A label as a plain bool, int or string, whatever NumPy or JAX made of it."""
+    return label if isinstance(label, str) else np.asarray(label).item()
+
+
 def _labels(shared: Any, tree: Any) -> list[Any]:
     """The label of each leaf of `tree`, in the order of the leaves."""
     if callable(shared):
         return [
-            shared(jax.tree_util.keystr(path, simple=True, separator="/"))
+            _plain(shared(jax.tree_util.keystr(path, simple=True, separator="/")))
             for path, _ in jax.tree_util.tree_leaves_with_path(tree)
         ]
     if not jax.tree.leaves(tree):  # optax.tree.map_params asks for the state of a placeholder
         return []
     broadcast = jax.tree.map(lambda label, sub: jax.tree.map(lambda _: label, sub), shared, tree)
-    return jax.tree.leaves(broadcast)
+    return [_plain(label) for label in jax.tree.leaves(broadcast)]
 
 
 def _keep_shared(tree: Any, labels: list[Any]) -> Any:

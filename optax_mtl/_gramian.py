@@ -61,7 +61,8 @@ def task_gramian(task_grads: _base.TaskGrads) -> jax.Array:
       finite are not finite.
     """
     if isinstance(task_grads, Gramian):
-        return jnp.asarray(task_grads.matrix)
+        matrix = jnp.asarray(task_grads.matrix)
+        return matrix.astype(_base.accumulator_dtype(matrix))
     dtype = _base.accumulator_dtype(task_grads)
     gramian = jax.tree.reduce(operator.add, jax.tree.map(lambda leaf: _leaf_gramian(leaf, dtype), task_grads))
     return (gramian + gramian.T) / 2
@@ -70,7 +71,7 @@ def task_gramian(task_grads: _base.TaskGrads) -> jax.Array:
 def task_squared_norms(task_grads: _base.TaskGrads) -> jax.Array:
     """The Gramian's diagonal `(T,)`, for methods that need no inner products."""
     if isinstance(task_grads, Gramian):
-        return jnp.diagonal(task_grads.matrix)
+        return jnp.diagonal(task_gramian(task_grads))
     dtype = _base.accumulator_dtype(task_grads)
 
     def leaf_squared_norms(leaf: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
+import operator
 from typing import Any
 
 import chex
@@ -57,7 +58,13 @@ def value_and_task_grads(
 
     @functools.wraps(loss_fn)
     def value_and_task_grads_fn(*args: Any, **kwargs: Any) -> tuple[Any, _base.TaskGrads]:
-        nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        single = not isinstance(argnums, Sequence)
+        nums = tuple(argnums) if isinstance(argnums, Sequence) else (operator.index(argnums),)
+        if max(nums) >= len(args):
+            raise ValueError(
+                f"value_and_task_grads: argnums={argnums} asks for argument {max(nums)}, but {len(args)} positional "
+                "arguments were given: pass what to differentiate with respect to by position."
+            )
         inputs = tuple(args[i] for i in nums)
         _check_differentiable(inputs)
 
@@ -72,7 +79,7 @@ def value_and_task_grads(
         losses = stack_losses(out)
         grads = _pull_back_each(pushforward, inputs, out, strategy)
         value = (losses, aux) if has_aux else losses
-        return value, grads[0] if isinstance(argnums, int) else grads
+        return value, grads[0] if single else grads
 
     return value_and_task_grads_fn
 
@@ -194,9 +201,9 @@ def task_names(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[.
 
 def _check_differentiable(inputs: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(inputs):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
                 f"value_and_task_grads: argument {jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, which "
-                "has no gradient. Split the parameters from the rest (flax.nnx.split, equinox.partition) and "
+                "has no real gradient. Split the parameters from the rest (flax.nnx.split, equinox.partition) and "
                 "differentiate with respect to the parameters only."
             )

@@ -1,22 +1,17 @@
 """Small exact solvers on `(T, T)` arrays: jit-, vmap- and scan-safe, on the device, finite.
 
-All the problems here come down to a quadratic over the non-negative orthant whose support must be found. Block
-principal pivoting (Kim & Park, "Fast nonnegative matrix factorization", SIAM J. Sci. Comput. 33, 2011) finds it in
-a handful of `T x T` solves whatever `T` is, where Frank-Wolfe needs hundreds of steps for a few digits and is still
-1e-2 away after a thousand on badly scaled gradients. Every Gramian is first brought to unit diagonal, so nothing
-depends on the gradients' scale, common or each task's own.
+All the problems here come down to a quadratic over the non-negative orthant whose support must be found. A monotone
+active set (Lawson and Hanson, "Solving Least Squares Problems", 1974, ch. 23) finds it in one or two `T x T` solves
+for gradients in general position and a few more for dependent ones. What was tried instead: Frank-Wolfe needs hundreds
+of steps for a few digits and is still 1e-2 away after a thousand on badly scaled gradients; block principal pivoting is
+as fast, but cycles on rank-deficient Gramians (2 % of cases at `T = 16`, rank 8). Every Gramian is first brought to
+unit diagonal, so nothing depends on the gradients' scale, common or each task's own.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from jax import lax, numpy as jnp
-
-# Given the support (T,) bool: the point x that is stationary on it, and the gradient there; both (T,).
-SolveOnSupport = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-
-# support, violators, fewest violators so far, patience, least wrong x so far, its wrongness, rounds
-Carry = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def cosines(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -44,6 +39,13 @@ def reciprocal(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
 
 
+def _relative_inverse(norms: jax.Array, allowed: jax.Array) -> jax.Array:
+    """The least positive norm over each norm: `1 / n`, but in (0, 1]; zero for tasks that are not allowed or zero."""
+    allowed = allowed & (norms > 0)
+    least = jnp.min(norms, where=allowed, initial=jnp.finfo(norms.dtype).max)
+    return jnp.where(allowed, least * reciprocal(norms), 0)
+
+
 def min_norm_point(gramian: jax.Array, allowed: jax.Array) -> jax.Array:
     """Convex weights of the point of least norm in the convex hull of the gradients.
 
@@ -59,16 +61,9 @@ def min_norm_point(gramian: jax.Array, allowed: jax.Array) -> jax.Array:
     unit, norms = cosines(gramian)
     zero = allowed & (norms == 0)
     # With r = 1 / n: a = r * u / sum(r * u) for the u >= 0 that minimises u^T (C + r r^T) u / 2 - r^T u.
-    smallest = jnp.min(jnp.where(allowed & ~zero, norms, jnp.inf))
-    r = jnp.where(allowed & ~zero, smallest * reciprocal(norms), 0)
-    matrix = unit + jnp.outer(r, r)
-
-    def solve(support: jax.Array) -> tuple[jax.Array, jax.Array]:
-        (u,) = _solve_on(support, matrix, r)
-        return u, matrix @ u - r
-
-    allowed = allowed & ~zero
-    u = _block_pivoting(solve, allowed, allowed)
+    r = _relative_inverse(norms, allowed)
+    start = _Iterate.start(r > 0, r.dtype)
+    u = _active_set(unit + jnp.outer(r, r), r, r > 0, start).x
     convex = jnp.where(jnp.any(zero), zero.astype(r.dtype), r * u)
     return convex * reciprocal(jnp.sum(convex))
 
@@ -84,18 +79,18 @@ def central_weights(gramian: jax.Array, allowed: jax.Array) -> jax.Array:
       `(T,)`, non-negative, summing to one; all zero if no gradient is left.
     """
     unit, norms = cosines(gramian)
-    allowed = allowed & (norms > 0)
-    smallest = jnp.min(jnp.where(allowed, norms, jnp.inf))
-    weights = min_norm_point(unit, allowed) * jnp.where(allowed, smallest * reciprocal(norms), 0)
+    r = _relative_inverse(norms, allowed)
+    weights = min_norm_point(unit, r > 0) * r
     return weights * reciprocal(jnp.sum(weights))
 
 
 def worst_case_in_ball(gramian: jax.Array, centre: jax.Array, radius: jax.Array, allowed: jax.Array) -> jax.Array:
     """Coefficients `y` of the step `G^T y` from `d0 = G^T centre` that helps the worst task most.
 
-    Solves `max_y min_i (M (centre + y))_i` subject to `y^T M y <= (radius |d0|)^2`, whose optimality conditions are
-    `y >= 0`, `M (centre + y) >= level`, with equality where `y > 0`. On a known support the level is the root of a
-    quadratic.
+    Solves `max_y min_i (M (centre + y))_i` subject to `y^T M y <= (radius |d0|)^2`. At the optimum `y >= 0` and
+    `M (centre + y) >= level`, with equality where `y > 0`: for a given level, a quadratic over the orthant; and the
+    length of the step grows with the level. On a known support the level for a given length is the root of a quadratic
+    equation, so that a few Newton steps, kept in a bracket, end at the optimum exactly.
 
     Args:
       gramian: `(T, T)`, `M`.
@@ -107,28 +102,108 @@ def worst_case_in_ball(gramian: jax.Array, centre: jax.Array, radius: jax.Array,
       `(T,)`, non-negative.
     """
     unit, norms = cosines(gramian)
-    allowed = allowed & (norms > 0)
+    r = _relative_inverse(norms, allowed)
+    allowed = r > 0
     size = jnp.sqrt(jnp.maximum(centre @ gramian @ centre, 0))
-    r = jnp.where(allowed, jnp.min(jnp.where(allowed, norms, jnp.inf)) * reciprocal(norms), 0)
     v = jnp.where(allowed, gramian @ centre * reciprocal(norms) * reciprocal(size), 0)  # cosines with d0
-    # Where the least convex combination is zero but for rounding, no step helps all tasks: the best level is zero.
-    least = jnp.where(r > 0, min_norm_point(gramian, allowed) * reciprocal(r), 0)
-    stationary = least @ unit @ least < 2 * _ridge(unit)
 
-    def solve(support: jax.Array) -> tuple[jax.Array, jax.Array]:
-        worst = jnp.argmin(jnp.where(allowed, v * reciprocal(r), jnp.inf))
-        support = jnp.where(jnp.any(support), support, jnp.arange(len(r)) == worst)
-        p, q = _solve_on(support, unit, r, v)
+    # The least convex combination bounds the level from above (duality). Where it is zero but for rounding, the tasks
+    # are at a Pareto-stationary point: no step helps them all, and the best level is zero.
+    least = jnp.where(allowed, min_norm_point(gramian, allowed) * reciprocal(r), 0)
+    square = least @ unit @ least
+    bound = least @ v + radius * jnp.sqrt(jnp.maximum(square, 0))
+    bound = jnp.where(square < 2 * _ridge(unit), jnp.minimum(bound, 0), bound)
+
+    def solve(level: jax.Array, start: _Iterate) -> _Iterate:
+        return _active_set(unit, level * r - v, allowed, start)
+
+    def length(u: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.maximum(u @ unit @ u, 0))
+
+    def newton(search: _Search) -> _Search:
+        p, q = _solve_on(search.at.support, unit, r, v)
         a, b, c = r @ p, r @ q, v @ q - radius**2
-        level = (b + jnp.sqrt(jnp.maximum(b**2 - a * c, 0))) * reciprocal(a)
-        level = jnp.where(stationary, jnp.minimum(level, 0), level)
-        u = level * p - q
-        return u, unit @ u + v - level * r
+        root = (b + jnp.sqrt(jnp.maximum(b**2 - a * c, 0))) * reciprocal(a)
+        level = jnp.where((root > search.low) & (root < search.high), root, (search.low + search.high) / 2)
+        at = solve(level, search.at._replace(done=jnp.array(False), rounds=jnp.array(0)))
+        long = length(at.x) > radius
+        low, high = jnp.where(long, search.low, level), jnp.where(long, level, search.high)
+        return _Search(at, low, high, search.rounds + 1)
 
-    u = _block_pivoting(solve, allowed, allowed)
-    length = jnp.sqrt(jnp.maximum(u @ unit @ u, 0))
-    u = u * jnp.minimum(1, radius * reciprocal(length))
-    return size * u * reciprocal(norms)
+    def unsolved(search: _Search) -> jax.Array:
+        tolerance = 64 * jnp.finfo(unit.dtype).eps
+        off = jnp.abs(length(search.at.x) - radius) > tolerance * radius
+        return off & (search.high - search.low > tolerance * jnp.abs(search.high)) & (search.rounds < 40)
+
+    at = solve(bound, _Iterate.start(allowed, r.dtype))
+    lowest = jnp.min(v * reciprocal(r), where=allowed, initial=jnp.finfo(r.dtype).max)  # here the step has length zero
+    fits = length(at.x) <= radius
+    search = _Search(at, jnp.where(fits, bound, jnp.minimum(lowest, bound)), bound, jnp.array(0))
+    u = lax.while_loop(unsolved, newton, search).at.x
+    return size * u * jnp.minimum(1, radius * reciprocal(length(u))) * reciprocal(norms)
+
+
+class _Iterate(NamedTuple):
+    """Where an active set stands: a point `x >= 0`, zero outside its support."""
+
+    x: jax.Array
+    support: jax.Array
+    done: jax.Array
+    rounds: jax.Array
+
+    @classmethod
+    def start(cls, allowed: jax.Array, dtype: jnp.dtype) -> "_Iterate":
+        """All that is allowed, evenly: in general position most of it stays."""
+        return cls(allowed.astype(dtype) / len(allowed), allowed, jnp.array(False), jnp.array(0))
+
+
+class _Search(NamedTuple):
+    """Where the search for a level stands: the solution at the last level, and a bracket."""
+
+    at: _Iterate
+    low: jax.Array
+    high: jax.Array
+    rounds: jax.Array
+
+
+def _active_set(matrix: jax.Array, linear: jax.Array, allowed: jax.Array, start: _Iterate) -> _Iterate:
+    """Minimises `x^T A x / 2 - linear^T x` over `x >= 0`.
+
+    Each round solves on the support. If the solution leaves the orthant, goes as far as the first bound it meets and
+    takes what meets it out of the support; else lets in the variable that gains most, or ends. The objective falls in
+    every round, so no support comes twice.
+
+    Args:
+      matrix: `(T, T)`, `A`, positive semi-definite with unit diagonal, or more.
+      linear: `(T,)`.
+      allowed: `(T,)` of bool, False for variables fixed at zero.
+      start: a feasible point.
+
+    Returns:
+      The last iterate; its rounds are bounded, should rounding keep it from ending.
+    """
+    num_tasks = len(linear)
+
+    def advance(at: _Iterate) -> _Iterate:
+        (target,) = _solve_on(at.support, matrix, linear)
+        blocked = at.support & (target <= 0)
+        leaves = jnp.any(blocked)
+        reach = jnp.where(blocked, at.x / jnp.where(blocked & (at.x > target), at.x - target, 1), jnp.inf)
+        step = jnp.minimum(jnp.min(reach), 1)
+        support = at.support & ~(blocked & (reach <= step))
+        x = jnp.where(support, jnp.maximum(at.x + step * (target - at.x), 0), 0)
+
+        gradient = jnp.where(allowed & ~support, matrix @ x - linear, jnp.inf)
+        slack = 16 * jnp.finfo(x.dtype).eps * jnp.maximum(1, jnp.max(x))
+        enters = ~leaves & (jnp.min(gradient) < -slack)
+        support = support | (enters & (jnp.arange(num_tasks) == jnp.argmin(gradient)))
+        return _Iterate(x, support, ~leaves & ~enters, at.rounds + 1)
+
+    return lax.while_loop(lambda at: ~at.done & (at.rounds < 20 + 10 * num_tasks), advance, start)
+
+
+def _ridge(matrix: jax.Array) -> float:
+    return 2 * len(matrix) * float(jnp.finfo(matrix.dtype).eps)
 
 
 def _solve_on(support: jax.Array, matrix: jax.Array, *vectors: jax.Array) -> list[jax.Array]:
@@ -143,48 +218,3 @@ def _solve_on(support: jax.Array, matrix: jax.Array, *vectors: jax.Array) -> lis
     x = jax.scipy.linalg.lu_solve(factors, right)
     x = x + jax.scipy.linalg.lu_solve(factors, right - kept @ x)
     return list(jnp.where(support[:, None], x, 0).T)
-
-
-def _ridge(matrix: jax.Array) -> float:
-    return 2 * len(matrix) * float(jnp.finfo(matrix.dtype).eps)
-
-
-def _block_pivoting(solve: SolveOnSupport, start: jax.Array, allowed: jax.Array) -> jax.Array:
-    """Solution of the complementarity problem `x >= 0, gradient(x) >= 0, x * gradient(x) = 0`.
-
-    Exchanges all violators at once while their number falls; when it has not for three rounds, exchanges only the
-    last one, which is finite (Murty's rule). Should rounding make it cycle, the least wrong point seen is returned.
-
-    Args:
-      solve: the point and the gradient, given a support; see `SolveOnSupport`.
-      start: `(T,)` of bool, the first support to try.
-      allowed: `(T,)` of bool, False for variables fixed at zero.
-
-    Returns:
-      `x`, `(T,)`, non-negative.
-    """
-    num_tasks = start.shape[0]
-
-    def try_support(support: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x, gradient = solve(support)
-        violation = jnp.where(allowed, jnp.maximum(-jnp.where(support, x, gradient), 0), 0)
-        scale = jnp.maximum(1, jnp.max(jnp.abs(x)))
-        return x, violation > 16 * jnp.finfo(x.dtype).eps * scale, jnp.max(violation) / scale
-
-    def exchange(carry: Carry) -> Carry:
-        support, bad, fewest, patience, best, least, rounds = carry
-        count = jnp.sum(bad)
-        patience = jnp.where(count < fewest, 3, patience - 1)
-        last = jnp.arange(num_tasks) == num_tasks - 1 - jnp.argmax(bad[::-1])
-        support = jnp.where(patience >= 0, support ^ bad, support ^ last)
-        x, bad, wrongness = try_support(support)
-        better = ~(wrongness >= least)
-        best, least = jnp.where(better, x, best), jnp.where(better, wrongness, least)
-        return support, bad, jnp.minimum(count, fewest), patience, best, least, rounds + 1
-
-    def unsolved(carry: Carry) -> jax.Array:
-        return jnp.any(carry[1]) & (carry[6] < 20 + 5 * num_tasks)
-
-    x, bad, wrongness = try_support(start)
-    carry = (start, bad, jnp.array(num_tasks + 1), jnp.array(3), x, wrongness, jnp.array(0))
-    return jnp.maximum(lax.while_loop(unsolved, exchange, carry)[4], 0)

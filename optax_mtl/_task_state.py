@@ -16,7 +16,7 @@ class EpochMeans(NamedTuple):
       step: () int32, steps of the running epoch that are over.
       total: `(T,)` sum of the losses in the running epoch.
       counts: `(T,)` int32, steps of the running epoch in which the task took part.
-      means: `(depth, T)` means over the last epochs, the latest first.
+      means: `(T, depth)` means over the last epochs, the latest first.
       epochs: `(T,)` int32, epochs that are over and in which the task took part.
     """
 
@@ -33,7 +33,7 @@ def init_epoch_means(num_tasks: int, depth: int, dtype: jnp.dtype) -> EpochMeans
         step=jnp.zeros((), jnp.int32),
         total=jnp.zeros(num_tasks, dtype),
         counts=jnp.zeros(num_tasks, jnp.int32),
-        means=jnp.ones((depth, num_tasks), dtype),
+        means=jnp.ones((num_tasks, depth), dtype),
         epochs=jnp.zeros(num_tasks, jnp.int32),
     )
 
@@ -51,7 +51,7 @@ def add_to_epoch(state: EpochMeans, losses: jax.Array, present: jax.Array, steps
         step=jnp.where(over, 0, step),
         total=jnp.where(over, 0, total),
         counts=jnp.where(over, 0, counts),
-        means=jnp.where(shift, jnp.vstack([latest, state.means[:-1]]), state.means),
+        means=_base.where_present(shift, jnp.column_stack([latest, state.means[:, :-1]]), state.means),
         epochs=state.epochs + shift.astype(jnp.int32),
     )
 
@@ -83,3 +83,18 @@ def learn_scalars(
     updates: Any
     updates, states = jax.vmap(optimizer.update)(grads.astype(scalars.value.dtype), scalars.optimizer, scalars.value)
     return _base.where_present(present, LearnedScalars(scalars.value + updates, states), scalars)
+
+
+def learn_log_variances(
+    optimizer: optax.GradientTransformation,
+    log_variances: LearnedScalars,
+    weights: jax.Array,
+    losses: jax.Array,
+    present: jax.Array,
+) -> LearnedScalars:
+    """One step on `sum_i w_i L_i + s_i / 2` with respect to the log-variances `s`, where `w_i` is `a_i exp(-s_i)`.
+
+    They are kept in [-60, 60], so that a loss of zero, for which there is no optimum, does not end in NaN.
+    """
+    learned = learn_scalars(optimizer, log_variances, 0.5 - weights * losses, present)
+    return learned._replace(value=jnp.clip(learned.value, -60, 60))

@@ -35,11 +35,12 @@ def weighting(
         `(T,)` and the method's new state. `gramian` is `(T, T)`, with zero rows and columns for absent tasks (only
         the diagonal if not `needs_gramian`); `present` is `(T,)` of bool; `losses` is `(T,)`, one where a task is
         absent, or None. The rule must give what it would give had the absent tasks never existed, and must keep
-        their part of its state; their weights are set to zero here.
+        their part of its state; their weights are set to zero here. `equal_weights`, `masked_softmax`,
+        `where_present` (in `_base`) and `reciprocal` (in `_solvers`) help with that.
       init: `init(dtype)` returns the method's first state; `dtype` is the weights'.
       needs_gramian: whether the rule looks at more than the diagonal.
       needs_losses: whether `losses` must be given.
-      positive_losses: whether the rule takes the losses' logarithm.
+      positive_losses: whether the rule is for losses that are not negative (it takes their logarithm, say).
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `BalanceState`.
@@ -64,7 +65,7 @@ def weighting(
         else:
             _base.check_task_grads(updates, num_tasks, params)
         if needs_losses or losses is not None:
-            _base.check_losses(losses, num_tasks, name, positive=positive_losses)
+            _base.check_losses(losses, num_tasks, name, positive=positive_losses, task_mask=task_mask)
         if not jax.tree.leaves(updates):  # optax.partition gives every leaf to somebody else: nothing to balance
             return updates, state
 

@@ -26,7 +26,8 @@ class Case:
       needs: what `update` must be given: "losses", "positive losses", "params", "value_fn", "gradients".
       alone: `alone(g, loss)` is the update for one task with gradient `g`, in the first step.
       scale: power of a common factor of the gradients in the update; None if there is no such law.
-      keeps: opt-in laws: "permutation", "non-conflicting", "task-scale", "linear", "simplex", "stationary".
+      keeps: opt-in laws: "permutation", "non-conflicting", "task-scale", "linear", "simplex", "sum" (weights
+        sum to the number of tasks present), "stationary".
       lacks: laws that cannot hold, with the reason.
       optax_inside: whether Optax's own code, not written for strict promotion, runs in it.
     """
@@ -103,8 +104,21 @@ CASES = (
         alone=lambda g, loss: np.exp(-0.5) * g,
         keeps=("permutation",),
     ),
-    row(mtl.dwa, kwargs={"steps_per_epoch": 1}, needs=("losses",), keeps=("permutation",)),
-    row(mtl.dwa, "epochs of 2", kwargs={"steps_per_epoch": 2, "temperature": 0.5}, needs=("losses",)),
+    row(
+        mtl.dwa,
+        kwargs={"steps_per_epoch": 1},
+        static=("steps_per_epoch",),
+        needs=("losses",),
+        keeps=("permutation", "sum"),
+    ),
+    row(
+        mtl.dwa,
+        "epochs of 2",
+        kwargs={"steps_per_epoch": 2, "temperature": 0.5},
+        static=("steps_per_epoch",),
+        needs=("losses",),
+        keeps=("sum",),
+    ),
     row(mtl.adaptive_weight_assignment, needs=("losses",), keeps=("permutation", "simplex")),
     row(
         mtl.adaptive_weight_assignment,
@@ -122,7 +136,7 @@ CASES = (
         keeps=("permutation", "simplex"),
         static=("steps_per_epoch",),
     ),
-    row(mtl.gradnorm, needs=("losses",), keeps=("permutation",), optax_inside=True),
+    row(mtl.gradnorm, needs=("losses",), keeps=("permutation", "sum"), optax_inside=True),
     row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
     row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
     row(

@@ -72,8 +72,11 @@ def test_a_masked_task_keeps_its_state_and_a_broken_one_is_passed_on():
         broken, state = tx.update(task_grads.at[1].set(NAN), before, params)
         np.testing.assert_array_equal(optax.tree.get(state, "mu")[1], 0)
         np.testing.assert_array_equal(optax.tree.get(state, "nonfinite_count"), [0, 1, 0])
+        lost, state = tx.update(task_grads, before, params, losses=jnp.array([1.0, NAN, 1.0]))
+        np.testing.assert_array_equal(optax.tree.get(state, "count"), [1, 0, 1])
     assert np.all(np.isfinite(broken))
     np.testing.assert_allclose(broken, masked, rtol=1e-6)
+    np.testing.assert_allclose(lost, masked, rtol=1e-6)
 
 
 def test_adam_before_balancing_is_refused_by_checked():
@@ -91,6 +94,16 @@ def test_a_leaking_task_axis_is_refused_by_checked():
     params = {"w": jnp.zeros(4), "b": jnp.zeros(2)}
     with pytest.raises(ValueError, match=r"params\['b'\] has shape \(3, 2\), wanted \(2,\)"):
         mtl.checked(optax.masked(mtl.mgda(T), {"w": True, "b": False}), T).init(params)
+
+
+def test_checked_takes_heads_of_their_own_and_what_else_an_update_needs():
+    tx = mtl.checked(mtl.shared_and_heads(mtl.mgda(2), LABELS), 2)
+    updates, _ = tx.update(trunk_and_heads(single=True), tx.init(PARAMS), PARAMS)
+    chex.assert_trees_all_equal_shapes(updates, PARAMS)
+    with problems.relaxed_promotion():
+        plateau = optax.chain(mtl.mgda(2), optax.contrib.reduce_on_plateau())
+        state = mtl.checked(plateau, 2, value=1.0).init(PARAMS)
+        chex.assert_trees_all_equal_structs(state, plateau.init(PARAMS))
 
 
 def test_checked_asks_nothing_of_the_compiled_program():
@@ -121,8 +134,14 @@ def trunk_and_heads(single=False):
 @pytest.mark.parametrize("single", [False, True], ids=["full task axis", "task axis of one"])
 @pytest.mark.parametrize(
     "shared",
-    [MASK, LABELS, {"trunk": "shared", "heads": "head"}, lambda path: path.startswith("trunk")],
-    ids=["mask", "owners", "labels", "predicate"],
+    [
+        MASK,
+        LABELS,
+        {"trunk": "shared", "heads": "head"},
+        lambda path: path.startswith("trunk"),
+        {"trunk": np.bool_(True), "heads": {"a": np.int64(0), "b": jnp.array(1)}},
+    ],
+    ids=["mask", "owners", "labels", "predicate", "arrays"],
 )
 def test_the_trunk_is_balanced_and_the_heads_are_summed(shared, single):
     task_grads = trunk_and_heads(single)
@@ -174,6 +193,9 @@ def test_a_head_without_owner_is_refused_where_the_owner_matters():
 
 
 def test_something_must_be_shared_and_shaped():
+    tx = mtl.shared_and_heads(mtl.mgda(2), {"trunk": True, "heads": 5})
+    with pytest.raises(ValueError, match="names task 5 as an owner; there are 2"):
+        tx.update(trunk_and_heads(), tx.init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match="marks no leaf as shared"):
         mtl.shared_and_heads(mtl.mgda(2), lambda path: False).init(PARAMS)
     tx = mtl.shared_and_heads(mtl.mgda(2), MASK)

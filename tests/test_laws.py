@@ -270,6 +270,12 @@ def test_a_negative_loss_is_refused_where_known_and_harmless_inside_jit(case):
     params, task_grads = problems.params(), problems.tree_of(problems.gradients())
     with pytest.raises(ValueError, match=r"losses\[1\] = -0.5 is negative"):
         tx.update(task_grads, tx.init(params), params, losses=jnp.array([1.0, -0.5, 2.0]))
+    for harmless in ([1.0, -jnp.inf, 2.0], [1.0, jnp.nan, 2.0]):
+        tx.update(task_grads, tx.init(params), params, losses=jnp.array(harmless))
+    masked = {"losses": jnp.array([1.0, -0.5, 2.0]), "task_mask": jnp.array([True, False, True])}
+    tx.update(task_grads, tx.init(params), params, **masked)
+    known_in_jit = jax.jit(lambda g: tx.update(g, tx.init(params), params, losses=jnp.ones(T))[0])
+    chex.assert_tree_all_finite(known_in_jit(task_grads))
     updates, _ = run(case, [problems.gradients(seed=k) for k in range(4)], losses=[[1.0, -0.5, 0.0]] * 4)
     assert np.isfinite(updates).all()
 
@@ -405,21 +411,38 @@ def _run_without(case, matrices, losses, kept):
 
 @every_case()
 def test_a_masked_task_keeps_its_state(case):
-    """A task masked in the middle goes on as if the step had not been, even if its gradient is garbage."""
-    matrices = np.stack([problems.gradients(seed=k) for k in range(2)])
+    """Whatever the state holds for each task, counters too, stays as it is, even if the gradient is garbage."""
+    matrices = np.stack([problems.gradients(seed=k) for k in range(3)])
     _, before = run(case, matrices)
-    garbage = matrices[1].copy()
-    garbage[1] = np.nan
+    garbage = np.where(np.arange(T)[:, None] == 1, np.nan, matrices[:1])
     mask = np.array([True, False, True])
-    losses = [problems.losses(T, 0), problems.losses(T, 1), [1.0, np.nan, 1.0]]
-    updates, after = run(case, [*matrices, garbage], losses, [EVERYONE, EVERYONE, mask])
+    losses = [*(problems.losses(T, k) for k in range(3)), [1.0, np.nan, 1.0]]
+    updates, after = run(case, np.concatenate([matrices, garbage]), losses, [EVERYONE] * 3 + [mask])
     assert np.isfinite(updates).all()
     assert not np.any(optax.tree.get(after, "nonfinite_count"))
     paths_and_leaves = jax.tree_util.tree_leaves_with_path(after.method)
     for (path, new), old in zip(paths_and_leaves, jax.tree.leaves(before.method), strict=True):
         name = jax.tree_util.keystr(path)
-        if new.ndim and new.shape[0] == T and _is_float(new) and "head_weights" not in name:
+        if new.ndim and new.shape[0] == T and not name.endswith((".total", ".counts", ".head_weights")):
             np.testing.assert_array_equal(np.asarray(new)[1], np.asarray(old)[1], err_msg=name)
+
+
+@every_case()
+def test_a_task_that_was_away_goes_on_where_it_was(case):
+    """Masked for two steps in between: what it knows of the task is what it knew, and all of it is finite."""
+    steps = 6
+    matrices = np.stack([problems.gradients(seed=k) for k in range(steps)])
+    masks = np.ones((steps, T), bool)
+    masks[2:4, 1] = False
+    updates, state = run(case, matrices, masks=masks)
+    assert np.isfinite(updates).all()
+    weights = weights_of(state)
+    assert np.isfinite(weights).all()
+    assert optax.tree.get(state, "task_present").all()
+    if "sum" in case.keeps:
+        np.testing.assert_allclose(weights.sum(), T, rtol=1e-5)
+    if "simplex" in case.keeps:
+        np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -589,6 +612,23 @@ def test_weights_are_on_the_simplex(case, seed):
     weights = weights_of(state)
     assert np.all(weights >= 0)
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
+
+
+@every_case(keeps="sum")
+def test_weights_sum_to_the_number_of_tasks_present(case):
+    mask = np.array([True, False, True])
+    for last, number in ((EVERYONE, T), (mask, 2)):
+        matrices = np.stack([problems.gradients(seed=k) for k in range(5)])
+        _, state = run(case, matrices, masks=[EVERYONE] * 4 + [last])
+        np.testing.assert_allclose(weights_of(state).sum(), number, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in cases.CASES if "key" in case.kwargs], ids=str)
+def test_random_methods_draw_anew_at_every_step(case):
+    """Of three tasks in conflict, PCGrad has few orders: over a dozen steps, more than one turns up."""
+    matrix = problems.gradients("conflicting", seed=3)
+    updates, _ = run(case, [matrix] * 12)
+    assert len(np.unique(updates.round(4), axis=0)) > 1
 
 
 @every_case(keeps="stationary")

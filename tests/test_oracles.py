@@ -82,6 +82,11 @@ def test_unrolled_pullbacks_leave_other_tasks_heads_out(params, x):
     assert flops["both"] <= 2.1 * flops["left"]
 
 
+def test_arguments_to_differentiate_are_positional(params, x):
+    with pytest.raises(ValueError, match="argnums=0 asks for argument 0, but 0 positional arguments were given"):
+        mtl.value_and_task_grads(two_headed)(params=params, x=x)
+
+
 def test_integer_parameters_are_refused():
     with pytest.raises(ValueError, match=r"argument \[0\]\['step'\] has dtype int32"):
         mtl.value_and_task_grads(lambda p: (jnp.sum(p["w"]),))({"w": jnp.ones(2), "step": jnp.array(1)})

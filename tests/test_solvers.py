@@ -50,6 +50,38 @@ def test_min_norm_point_meets_its_optimality_conditions(kind, num_tasks):
         assert gap <= 1e-5 * np.diag(exact).max()
 
 
+@pytest.mark.parametrize(("num_tasks", "rank", "size"), [(8, 8, 3), (8, 4, 50), (16, 16, 8), (16, 8, 50), (32, 16, 50)])
+def test_more_tasks_than_dimensions(num_tasks, rank, size):
+    """Where the support is not unique an active set is easily led in circles: many cases, all solved."""
+    rng = np.random.default_rng(0)
+    factors = rng.standard_normal((200, num_tasks, rank)), rng.standard_normal((200, rank, size))
+    gradients = np.matmul(*factors).astype(np.float32)
+    gramians = jnp.asarray(gradients @ gradients.transpose(0, 2, 1))
+    exact = gradients.astype(np.float64) @ gradients.transpose(0, 2, 1).astype(np.float64)
+    largest = np.einsum("btt->bt", exact).max(1)
+    everyone = jnp.ones(num_tasks, bool)
+
+    weights = np.asarray(jax.vmap(min_norm_point, in_axes=(0, None))(gramians, everyone), np.float64)
+    products = np.einsum("bts,bs->bt", exact, weights)
+    gaps = np.einsum("bt,bt->b", weights, products) - products.min(1)
+    assert np.all(gaps <= 1e-5 * largest)
+
+    mean = np.full(num_tasks, 1 / num_tasks)
+    for radius in (0.4, 1.0):
+        ball = jax.vmap(worst_case_in_ball, in_axes=(0, None, None, None))
+        steps = np.asarray(ball(gramians, jnp.asarray(mean, jnp.float32), radius, everyone), np.float64)
+        longest = radius * np.sqrt(np.einsum("t,bts,s->b", mean, exact, mean))
+        assert np.all(np.sqrt(np.einsum("bt,bts,bs->b", steps, exact, steps)) <= 1.01 * longest)
+        worst = np.einsum("bts,bs->bt", exact, mean + steps).min(1)
+        bounds = [  # no direction does better than either
+            np.einsum("bt,bts,s->b", convex, exact, mean)
+            + longest * np.sqrt(np.einsum("bt,bts,bs->b", convex, exact, convex))
+            for convex in (weights, steps / np.maximum(steps.sum(1, keepdims=True), 1e-30))
+        ]
+        # Near a Pareto-stationary point the bound itself is only known to the root of float32's precision.
+        assert np.all(np.minimum(*bounds) - worst <= 1e-3 * largest)
+
+
 @hypothesis.given(angle=st.floats(0.01, 3.13), ratio=st.floats(1e-3, 1e3))
 def test_min_norm_point_of_two_has_a_closed_form(angle, ratio):
     first, second = np.array([1.0, 0.0]), ratio * np.array([np.cos(angle), np.sin(angle)])

@@ -24,9 +24,10 @@ def adaptive_weight_assignment_weights(
     Returns:
       `(T,)`, non-negative, summing to one.
     """
+    _base.check_choice("mode", mode, ("proportional", "softmax"))
     present = jnp.ones(losses.shape, bool) if present is None else present
     if mode == "softmax":
-        return jax.nn.softmax(losses, where=present)
+        return _base.masked_softmax(losses, present)
     shares = jnp.where(present, jnp.maximum(losses, 0), 0)
     largest = jnp.max(shares)
     shares = jnp.where(largest > 0, shares / jnp.where(largest > 0, largest, 1), present.astype(losses.dtype))
@@ -58,7 +59,7 @@ def adaptive_weight_assignment(
       An `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to `(*shape)`.
 
     Raises:
-      ValueError: if `losses` is missing.
+      ValueError: if `losses` is missing, or `steps_per_epoch` not a positive int.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_mtl as mtl
@@ -79,8 +80,7 @@ def adaptive_weight_assignment(
     """
     _base.check_choice("mode", mode, ("proportional", "softmax"))
     _base.check_number("total", total, 0)
-    if steps_per_epoch is not None:
-        _base.check_number("steps_per_epoch", steps_per_epoch, 1)
+    steps = 1 if steps_per_epoch is None else _base.check_static_int("steps_per_epoch", steps_per_epoch, 1)
 
     def by_step(gramian: jax.Array, state: Any, *, losses: jax.Array, present: jax.Array, **_: Any) -> Any:
         weights = adaptive_weight_assignment_weights(losses, mode=mode, present=present)
@@ -88,9 +88,9 @@ def adaptive_weight_assignment(
 
     def by_epoch(gramian: jax.Array, state: EpochMeans, *, losses: jax.Array, present: jax.Array, **_: Any) -> Any:
         known = jnp.all((state.epochs > 0) | ~present)
-        means = jnp.where(known, state.means[0], 1).astype(gramian.dtype)
+        means = jnp.where(known, state.means[:, 0], 1).astype(gramian.dtype)
         weights, _ = by_step(gramian, (), losses=means, present=present)
-        return weights, add_to_epoch(state, losses, present, steps_per_epoch or 1)
+        return weights, add_to_epoch(state, losses, present, steps)
 
     return weighting(
         "adaptive_weight_assignment",

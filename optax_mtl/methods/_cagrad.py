@@ -61,7 +61,8 @@ def cagrad(num_tasks: int, *, c: _base.Scalar = 0.5, rescale: int = 1) -> optax.
       NeurIPS 2021
 
     Note:
-      The inner problem is solved exactly, in its primal form, on the support of the worst tasks. TorchJD does not
+      The inner problem is solved exactly, in its primal form, on the support of the worst tasks (where the mean is less
+      than about 1e-3 of the tasks' gradients, as exactly as a Gramian in float32 tells its norm). TorchJD does not
       divide (`rescale=0`) and returns zero where the least convex combination is small, which stops training once one
       task has converged; the authors' vision code multiplies by `T`.
     """

@@ -59,7 +59,7 @@ def cdtt_weights(gramian: jax.Array, central: jax.Array, tension: jax.Array, *, 
     products = gramian @ central
     # Distances of the gradients from the central direction; within rounding there is no direction to pull in.
     distance2 = squares - 2 * products + central @ products
-    far = distance2 > 8 * jnp.finfo(gramian.dtype).eps * (squares + central @ products)
+    far = distance2 > 4 * jnp.finfo(gramian.dtype).eps * (squares + central @ products)
     pull = jnp.where(far, tension * lax.rsqrt(jnp.where(far, distance2, 1)), 0)
     start = central * (1 - jnp.sum(pull)) + pull
 
@@ -124,8 +124,9 @@ def cdtt(
 
     Note:
       Follows the authors' code step by step (which compares sums over the window, and gives `alpha` 0.3), in exact
-      arithmetic: its Frank-Wolfe stops at weights of 0.999 and 0.001. A task equal to the central direction does not
-      pull (their code divides zero by zero), and a task whose gradient is zero is left out. The order of the tasks
+      arithmetic: its Frank-Wolfe stops at weights of 0.999 and 0.001. A task that equals the central direction does not
+      pull (their code divides zero by zero), nor does one that is nearer to it than a Gramian in float32 can tell,
+      about 1e-3 of its norm; and a task whose gradient is zero is left out. The order of the tasks
       matters for three and more.
     """
     _base.check_number("alpha", alpha, 0, 1)

@@ -27,8 +27,9 @@ def dwa_weights(
     """
     present = jnp.ones(last.shape, bool) if present is None else present
     rates = jnp.where(before == 0, 1, last / jnp.where(before == 0, 1, before))
+    rates = jnp.minimum(rates, jnp.finfo(rates.dtype).max)
     number = jnp.sum(present).astype(last.dtype)
-    return number * jax.nn.softmax(rates / jnp.asarray(temperature, last.dtype), where=present)
+    return number * _base.masked_softmax(rates / jnp.asarray(temperature, last.dtype), present)
 
 
 def dwa(
@@ -52,7 +53,7 @@ def dwa(
       An `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to `(*shape)`.
 
     Raises:
-      ValueError: if `losses` is missing.
+      ValueError: if `losses` is missing, or `steps_per_epoch` not a positive int.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_mtl as mtl
@@ -66,12 +67,13 @@ def dwa(
     References:
       Liu et al., `End-to-End Multi-Task Learning with Attention <https://arxiv.org/abs/1803.10704>`_, CVPR 2019
     """
-    _base.check_number("steps_per_epoch", steps_per_epoch, 1)
+    steps_per_epoch = _base.check_static_int("steps_per_epoch", steps_per_epoch, 1)
+    _base.check_number("temperature", temperature, 1e-6)
 
     def rule(
         gramian: jax.Array, state: EpochMeans, *, losses: jax.Array, present: jax.Array, **_: Any
     ) -> tuple[jax.Array, EpochMeans]:
-        last, before = state.means.astype(gramian.dtype)
+        last, before = state.means.astype(gramian.dtype).T
         known = state.epochs >= 2
         last, before = jnp.where(known, last, 1), jnp.where(known, before, 1)
         weights = dwa_weights(last, before, temperature=temperature, present=present)

@@ -10,6 +10,8 @@ from optax_mtl import _base
 from optax_mtl._task_state import init_learned_scalars, learn_scalars, LearnedScalars
 from optax_mtl._weighting import weighting
 
+_LEAST = 1e-3  # no weight falls below
+
 
 class GradNormState(NamedTuple):
     """State of `gradnorm`.
@@ -95,8 +97,8 @@ def gradnorm(
     Note:
       Norms are taken over all the leaves it is given (the paper: the last shared layer; use `shared_and_heads` or
       `optax.partition` to restrict it). The weights' gradient is divided by the mean norm, which leaves Adam's steps as
-      they are and makes them the same for gradients of any scale. A weight never falls below 1e-3 of the mean one. The
-      initial loss is that of the first step in which the task takes part.
+      they are and makes them the same for gradients of any scale. A weight never falls below 1e-3,
+      where the mean one is 1. The initial loss is that of the first step in which the task takes part.
     """
     _base.check_number("alpha", alpha, 0)
     inner = optax.adam(0.025) if optimizer is None else optimizer
@@ -108,10 +110,14 @@ def gradnorm(
     def rule(
         gramian: jax.Array, state: GradNormState, *, losses: jax.Array, present: jax.Array, **_: Any
     ) -> tuple[jax.Array, GradNormState]:
-        weights = state.weights.value.astype(gramian.dtype)
+        # The stored weights sum to T; those of the tasks present, as they are used, to the number of these.
+        stored = state.weights.value.astype(gramian.dtype)
+        number = jnp.sum(present).astype(gramian.dtype)
+        weights = stored * number / jnp.maximum(jnp.sum(stored, where=present), _LEAST)
         first = present & ~state.seen
         initial = jnp.where(first, losses, state.initial_losses.astype(gramian.dtype))
         ratios = jnp.where(initial > 0, jnp.maximum(losses, 0) / jnp.where(initial > 0, initial, 1), 1)
+        ratios = jnp.minimum(ratios, 1e12)
 
         norms = jnp.sqrt(jnp.diagonal(gramian))
         largest = jnp.max(norms)
@@ -120,9 +126,9 @@ def gradnorm(
         grads = gradnorm_weight_grads(norms, weights, ratios, alpha=alpha, present=present)
         learned = learn_scalars(inner, state.weights, grads / jnp.where(mean_norm > 0, mean_norm, 1), present)
 
-        number = jnp.sum(present).astype(learned.value.dtype)
-        value = jnp.maximum(learned.value, 1e-3)
-        value = value * number / jnp.maximum(jnp.sum(jnp.where(present, value, 0)), 1e-3)
+        value = jnp.maximum(learned.value, _LEAST)
+        share = num_tasks - jnp.sum(value, where=~present)
+        value = jnp.maximum(value * share / jnp.maximum(jnp.sum(value, where=present), _LEAST), _LEAST)
         learned = learned._replace(value=jnp.where(present, value, state.weights.value))
         return weights, GradNormState(learned, initial, state.seen | present)
 

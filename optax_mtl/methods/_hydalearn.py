@@ -33,6 +33,7 @@ def hydalearn_weights(gains: jax.Array, primary: int, *, negative: str = "clip")
     Returns:
       `(T,)`, summing to one.
     """
+    _base.check_choice("negative", negative, ("clip", "abs", "raw"))
     if negative == "clip":
         gains = jnp.maximum(gains, 0)
     elif negative == "abs":
@@ -70,7 +71,13 @@ def hydalearn_gains(
             rate = jnp.where(task < 0, 0, jnp.asarray(learning_rate, grads.dtype))
             return param - (rate * grads[jnp.maximum(task, 0)]).astype(param.dtype)
 
-        return stack_losses(value_fn(jax.tree.map(step, params, task_grads)))[primary]
+        losses = stack_losses(value_fn(jax.tree.map(step, params, task_grads)))
+        if losses.shape != (num_tasks,):
+            raise ValueError(
+                f"hydalearn: value_fn returned {losses.shape[0]} losses, wanted those of all {num_tasks} tasks, as "
+                "value_and_task_grads takes them (without auxiliary data)."
+            )
+        return losses[primary]
 
     num_tasks = jax.tree.leaves(task_grads)[0].shape[0]
     before, after = jnp.split(lax.map(primary_loss, jnp.arange(-1, num_tasks)), [1])
@@ -138,6 +145,8 @@ def hydalearn(
     """
     num_tasks = _base.check_num_tasks(num_tasks)
     primary = _base.check_task_index("primary", primary, num_tasks)
+    _base.check_number("learning_rate", learning_rate, 0)
+    _base.check_number("total", total, 0)
     _base.check_choice("lookahead", lookahead, ("exact", "first_order"))
     _base.check_choice("negative", negative, ("clip", "abs", "raw"))
 

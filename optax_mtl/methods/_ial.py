@@ -9,7 +9,7 @@ import optax
 
 from optax_mtl import _base, _solvers
 from optax_mtl._combinators import shared_and_heads
-from optax_mtl._task_state import init_learned_scalars, learn_scalars, LearnedScalars
+from optax_mtl._task_state import init_learned_scalars, learn_log_variances, LearnedScalars
 from optax_mtl._weighting import weighting
 
 UncertaintyFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -79,7 +79,8 @@ def ial(
       shared: which leaves are the encoder's, as for `optax_mtl.shared_and_heads`; the others are decoders. If None, all
         leaves are taken for the encoder's.
       uncertainty_fn: `f`: `"exp"`, :math:`e^{-\sigma_t^2}`; `"ratio"`, :math:`\min(1, \sigma_p^2/\sigma_t^2)`;
-        `"none"`, one; or a function from the variances `(T,)` and the primary's `()` to factors `(T,)`.
+        `"none"`,         one; or a function from the variances `(T,)` and the primary's `()` to factors `(T,)`. (Under
+        `optax.inject_hyperparams`, name a function, here and for `shared`, in `static_args`.)
       optimizer: of the log-variances; `optax.adam(1e-2)` if None.
 
     Returns:
@@ -125,8 +126,7 @@ def ial(
         norms = jnp.sqrt(jnp.diagonal(gramian))
         weights = ial_weights(norms, factor_fn(variances, variances[primary]), primary)
         head_weights = 0.5 / variances
-        grads = 0.5 - head_weights * losses  # of the decoders' loss, with respect to log sigma^2
-        learned = learn_scalars(inner, state.log_variances, grads, present)
+        learned = learn_log_variances(inner, state.log_variances, head_weights, losses, present)
         return weights, IALState(learned, head_weights)
 
     encoder = weighting("ial", num_tasks, rule, init, needs_gramian=False, needs_losses=True)

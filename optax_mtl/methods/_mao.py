@@ -51,7 +51,7 @@ def _scale_by_leaf_rms(b2: _base.Scalar, eps: _base.Scalar) -> optax.GradientTra
 
         def divide(grad: jax.Array, nu: jax.Array) -> jax.Array:
             unbiased = nu / (1 - jnp.asarray(b2, nu.dtype) ** steps.astype(nu.dtype))
-            return grad * (1 / (jnp.sqrt(unbiased) + jnp.asarray(eps, nu.dtype))).astype(grad.dtype)
+            return (grad.astype(nu.dtype) / (jnp.sqrt(unbiased) + jnp.asarray(eps, nu.dtype))).astype(grad.dtype)
 
         nu = jax.tree.map(second_moment, updates, state.nu)
         return jax.tree.map(divide, updates, nu), ScaleByLeafRMSState(steps, nu)
@@ -76,7 +76,7 @@ def scale_by_mao(
     with the first and second moments `m` and `v` of each task's own gradient. Every task has the same say in every
     parameter, whatever the scale of its loss and of its gradients there: the mix adapts per parameter, layer and step.
     Choose it where losses differ in scale or tasks matter in different layers. Multiplying a loss by a constant changes
-    nothing.
+    nothing, as long as its gradients stay well above `eps`.
 
     The result is already preconditioned: follow it with a learning rate (as `mao` does), not with Adam. For one task it
     is Adam. A head that one task reaches gets plain Adam under `"sum"`. No guarantee against conflicts: opposite tasks
@@ -100,7 +100,7 @@ def scale_by_mao(
       grain: `"parameter"` as in the paper, or `"leaf"`; the latter has a base of its own and takes no other.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment.
+      eps: added to the root of the second moment (for `"adagrad"`, as in Optax, to the moment under the root).
 
     Returns:
       An `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to `(*shape)`. Its `task_weights` are each
@@ -127,7 +127,7 @@ def scale_by_mao(
     Note:
       The paper's abstract establishes a contribution of each task that is adapted for each parameter at every step; the
       sum of per-task Adam updates is what a public re-implementation and AdaTask do. Whether the paper sums or averages
-      is not established.
+      is not established. Moments are kept in the parameters' dtype, as Optax keeps them.
     """
     num_tasks = _base.check_num_tasks(num_tasks)
     _base.check_choice("reduction", reduction, ("sum", "mean"))
@@ -158,14 +158,19 @@ def scale_by_mao(
         _base.check_task_grads(updates, num_tasks, params)
         if losses is not None:
             _base.check_losses(losses, num_tasks, "scale_by_mao")
-            task_finite = jnp.isfinite(losses) if task_finite is None else task_finite & jnp.isfinite(losses)
         if not jax.tree.leaves(updates):
             return updates, state
         norms = _gramian.task_squared_norms(updates)  # per_task computes the same; XLA does it once
-        present, nonfinite = _base.present_tasks(norms, None, task_mask, task_finite)
+        present, nonfinite = _base.present_tasks(norms, losses, task_mask, task_finite)
 
         adapted, tasks = tasks_tx.update(
-            updates, state.method.tasks, params, task_mask=task_mask, task_finite=task_finite, **extra_args
+            updates,
+            state.method.tasks,
+            params,
+            losses=losses,
+            task_mask=task_mask,
+            task_finite=task_finite,
+            **extra_args,
         )
         absolute = jax.tree.map(lambda u: jnp.sum(jnp.abs(u), axis=tuple(range(1, u.ndim)), dtype=norms.dtype), adapted)
         sizes = jax.tree.reduce(operator.add, absolute)

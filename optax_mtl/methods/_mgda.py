@@ -74,12 +74,12 @@ def mgda(num_tasks: int, *, normalization: str = "none") -> optax.GradientTransf
     def rule(
         gramian: jax.Array, state: Any, *, present: jax.Array, losses: jax.Array | None, **_: Any
     ) -> tuple[jax.Array, Any]:
-        scale = jnp.ones_like(gramian[0])
-        if uses_losses and losses is not None:
-            scale = jnp.where(losses > 0, losses, 1)
+        unit, lengths = _solvers.cosines(gramian)
         if normalization in ("l2", "loss+"):
-            norms = jnp.sqrt(jnp.diagonal(gramian))
-            scale = scale * jnp.where(norms > 0, norms, 1)
-        return mgda_weights(_solvers.scaled(gramian, 1 / scale), present=present), state
+            lengths = (lengths > 0).astype(lengths.dtype)
+        if uses_losses and losses is not None:
+            lengths = lengths / jnp.where(losses > 0, losses, 1)
+        lengths = lengths * _solvers.reciprocal(jnp.max(lengths))  # only their ratios matter
+        return mgda_weights(_solvers.scaled(unit, lengths), present=present), state
 
     return weighting("mgda", num_tasks, rule, needs_losses=uses_losses, positive_losses=uses_losses)

@@ -35,7 +35,7 @@ def pcgrad_weights(gramian: jax.Array, orders: jax.Array) -> jax.Array:
       `(T,)`.
     """
     num_tasks = gramian.shape[0]
-    tasks = jnp.arange(num_tasks)
+    tasks = jnp.arange(num_tasks, dtype=orders.dtype)
     inverse = reciprocal(jnp.diagonal(gramian))
 
     def visit(carry: tuple[jax.Array, jax.Array], others: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -94,9 +94,7 @@ def pcgrad(
     _base.check_choice("reduction", reduction, ("sum", "mean"))
     _base.check_choice("order", order, ("per_task", "shared", "fixed"))
     is_random = order != "fixed" and _base.check_num_tasks(num_tasks) > 2
-    if is_random and key is None:
-        raise ValueError('pcgrad draws random orders: give it a key, pcgrad(num_tasks, key=0), or write order="fixed".')
-    first_key = _base.as_key(key) if is_random and key is not None else None
+    first_key = _base.as_key("pcgrad", key) if is_random else None
 
     def rule(gramian: jax.Array, state: PCGradState, *, present: jax.Array, **_: Any) -> tuple[jax.Array, PCGradState]:
         orders = jnp.broadcast_to(jnp.arange(num_tasks), (num_tasks, num_tasks))

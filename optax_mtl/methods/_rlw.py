@@ -32,9 +32,10 @@ def rlw_weights(draws: jax.Array, *, distribution: str = "normal", present: jax.
     Returns:
       `(T,)`, summing to one.
     """
+    _base.check_choice("distribution", distribution, ("normal", "dirichlet"))
     present = jnp.ones(draws.shape, bool) if present is None else present
     if distribution == "normal":
-        return jax.nn.softmax(draws, where=present)
+        return _base.masked_softmax(draws, present)
     shares = jnp.where(present, draws, 0)
     return shares / jnp.maximum(jnp.sum(shares), jnp.finfo(shares.dtype).tiny)
 
@@ -74,6 +75,8 @@ def rlw(
       set `total=num_tasks` to compare at equal scale.
     """
     _base.check_choice("distribution", distribution, ("normal", "dirichlet"))
+    _base.check_number("total", total, 0)
+    first_key = _base.as_key("rlw", key)
     sample = jax.random.normal if distribution == "normal" else jax.random.exponential
 
     def rule(gramian: jax.Array, state: RLWState, *, present: jax.Array, **_: Any) -> tuple[jax.Array, RLWState]:
@@ -82,4 +85,4 @@ def rlw(
         weights = rlw_weights(draws, distribution=distribution, present=present)
         return jnp.asarray(total, gramian.dtype) * weights, RLWState(key)
 
-    return weighting("rlw", num_tasks, rule, lambda dtype: RLWState(_base.as_key(key)), needs_gramian=False)
+    return weighting("rlw", num_tasks, rule, lambda dtype: RLWState(first_key), needs_gramian=False)

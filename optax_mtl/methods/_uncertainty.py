@@ -8,7 +8,7 @@ from jax import numpy as jnp
 import optax
 
 from optax_mtl import _base
-from optax_mtl._task_state import init_learned_scalars, learn_scalars, LearnedScalars
+from optax_mtl._task_state import init_learned_scalars, learn_log_variances, LearnedScalars
 from optax_mtl._weighting import weighting
 
 _FACTORS = {"regression": 0.5, "classification": 1.0}
@@ -80,8 +80,7 @@ def uncertainty(
     ) -> tuple[jax.Array, LearnedScalars]:
         factors = jnp.array([_FACTORS[each] for each in forms], gramian.dtype)
         weights = uncertainty_weights(state.value.astype(gramian.dtype), factors)
-        grads = 0.5 - weights * losses  # of the objective, with respect to s
-        return weights, learn_scalars(inner, state, grads, present)
+        return weights, learn_log_variances(inner, state, weights, losses, present)
 
     return weighting(
         "uncertainty",

@@ -101,6 +101,22 @@ def test_the_step_of_an_absent_task_cannot_spoil_the_others():
     assert np.isfinite(problems.vector_of(update)).all()
 
 
+def test_total_scales_the_weights():
+    params = problems.params()
+    _, task_grads = mtl.value_and_task_grads(losses_of)(params)
+    tx = mtl.hydalearn(3, learning_rate=0.1, primary=2, total=5.0)
+    _, state = tx.update(task_grads, tx.init(params), params, value_fn=losses_of)
+    np.testing.assert_allclose(np.sum(optax.tree.get(state, "task_weights")), 5, rtol=1e-5)
+
+
+def test_value_fn_must_return_the_losses_of_all_tasks():
+    params = problems.params()
+    _, task_grads = mtl.value_and_task_grads(losses_of)(params)
+    tx = mtl.hydalearn(3, learning_rate=0.1)
+    with pytest.raises(ValueError, match="value_fn returned 1 losses, wanted those of all 3 tasks"):
+        tx.update(task_grads, tx.init(params), params, value_fn=main_loss)
+
+
 def test_primary_must_be_a_task():
     for bad in (3, -4, 1.0):
         with pytest.raises(ValueError, match="primary must be"):

@@ -113,6 +113,16 @@ def test_leaf_grain_keeps_little_state():
     assert size(mtl.scale_by_mao(8, grain="leaf")) < 10_100 + 8 * 2 + 100
 
 
+def test_half_precision_survives_the_zero_rows_of_heads():
+    for dtype in (jnp.float16, jnp.bfloat16):
+        params = {"head": jnp.zeros(3, dtype)}
+        tx = mtl.scale_by_mao(2, grain="leaf")
+        task_grads = {"head": jnp.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], dtype)}
+        update, _ = tx.update(task_grads, tx.init(params), params)
+        assert update["head"].dtype == dtype
+        assert np.isfinite(np.asarray(update["head"], np.float32)).all()
+
+
 def test_leaf_grain_has_a_base_of_its_own():
     with pytest.raises(ValueError, match='grain="leaf" has a base of its own'):
         mtl.scale_by_mao(2, grain="leaf", base="rmsprop")
