@@ -3,7 +3,7 @@
 from optax_mtl._base import BalanceState
 from optax_mtl._checked import checked
 from optax_mtl._combinators import mean_tasks, per_task, shared_and_heads, sum_tasks
-from optax_mtl._diagnostics import task_cosines
+from optax_mtl._diagnostics import task_cosines, task_norms
 from optax_mtl._gramian import combine, Gramian, task_gramian
 from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grads
 from optax_mtl.methods._adaptive_weight_assignment import (
@@ -64,6 +64,7 @@ __all__ = [
     "task_cosines",
     "task_gramian",
     "task_names",
+    "task_norms",
     "uncertainty",
     "uncertainty_weights",
     "value_and_task_grads",

@@ -188,6 +188,7 @@ def check_losses(
             f"{method}: losses must be one array of shape ({num_tasks},), in the order of the task axis, found "
             f"{_describe(losses)}. optax_mtl.value_and_task_grads returns it so."
         )
+    check_task_mask(task_mask, num_tasks)
     if not positive or not _is_known(losses) or not _is_known(task_mask):
         return
     known = np.asarray(losses)  # NumPy: inside jit, JAX would trace a comparison of constants too
@@ -197,6 +198,15 @@ def check_losses(
         raise ValueError(
             f"{method} needs losses that are not negative, but losses[{i}] = {known[i]:.6g}. "
             "Shift that loss so that its minimum is zero, or choose a method that does not look at the losses."
+        )
+
+
+def check_task_mask(task_mask: Any, num_tasks: int) -> None:
+    """Raises `ValueError` unless `task_mask` is None or `(num_tasks,)`."""
+    if task_mask is not None and getattr(task_mask, "shape", None) != (num_tasks,):
+        raise ValueError(
+            f"task_mask must have shape ({num_tasks},), one bool a task (True: it has labels in this batch), found "
+            f"{_describe(task_mask)}."
         )
 
 
@@ -238,7 +248,7 @@ def present_tasks(
     Returns:
       `(present, nonfinite)`, both `(T,)` of bool.
     """
-    num_tasks = squared_norms.shape[0]
+    check_task_mask(task_mask, squared_norms.shape[0])
     finite = jnp.isfinite(squared_norms)
     if losses is not None:
         finite &= jnp.isfinite(losses)
@@ -246,11 +256,6 @@ def present_tasks(
         finite &= task_finite
     if task_mask is None:
         return finite, ~finite
-    if getattr(task_mask, "shape", None) != (num_tasks,):
-        raise ValueError(
-            f"task_mask must have shape ({num_tasks},), one bool a task (True: it has labels in this batch), found "
-            f"{_describe(task_mask)}."
-        )
     mask = jnp.asarray(task_mask).astype(bool)
     return finite & mask, ~finite & mask
 

@@ -268,7 +268,7 @@ def test_what_is_needed_is_asked_for(needed):
 def test_a_negative_loss_is_refused_where_known_and_harmless_inside_jit(case):
     tx, _ = program(case)
     params, task_grads = problems.params(), problems.tree_of(problems.gradients())
-    with pytest.raises(ValueError, match=r"losses\[1\] = -0.5 is negative"):
+    with pytest.raises(ValueError, match=r"not negative, but losses\[1\] = -0.5"):
         tx.update(task_grads, tx.init(params), params, losses=jnp.array([1.0, -0.5, 2.0]))
     for harmless in ([1.0, -jnp.inf, 2.0], [1.0, jnp.nan, 2.0]):
         tx.update(task_grads, tx.init(params), params, losses=jnp.array(harmless))
@@ -411,19 +411,23 @@ def _run_without(case, matrices, losses, kept):
 
 @every_case()
 def test_a_masked_task_keeps_its_state(case):
-    """Whatever the state holds for each task, counters too, stays as it is, even if the gradient is garbage."""
-    matrices = np.stack([problems.gradients(seed=k) for k in range(3)])
-    _, before = run(case, matrices)
-    garbage = np.where(np.arange(T)[:, None] == 1, np.nan, matrices[:1])
+    """Whatever the state holds for each task, counters too, stays as it is, even if the gradient is garbage.
+
+    Two steps before and two steps masked: whole epochs, for the methods that have any.
+    """
+    matrices = np.stack([problems.gradients(seed=k) for k in range(4)])
+    _, before = run(case, matrices[:2])
+    garbage = matrices.copy()
+    garbage[2:, 1] = np.nan
+    losses = [problems.losses(T, 0), problems.losses(T, 1), [1.0, np.nan, 1.0], [1.0, -1.0, 2.0]]
     mask = np.array([True, False, True])
-    losses = [*(problems.losses(T, k) for k in range(3)), [1.0, np.nan, 1.0]]
-    updates, after = run(case, np.concatenate([matrices, garbage]), losses, [EVERYONE] * 3 + [mask])
+    updates, after = run(case, garbage, losses, [EVERYONE, EVERYONE, mask, mask])
     assert np.isfinite(updates).all()
     assert not np.any(optax.tree.get(after, "nonfinite_count"))
     paths_and_leaves = jax.tree_util.tree_leaves_with_path(after.method)
     for (path, new), old in zip(paths_and_leaves, jax.tree.leaves(before.method), strict=True):
         name = jax.tree_util.keystr(path)
-        if new.ndim and new.shape[0] == T and not name.endswith((".total", ".counts", ".head_weights")):
+        if new.ndim and new.shape[0] == T and not name.endswith(".head_weights"):
             np.testing.assert_array_equal(np.asarray(new)[1], np.asarray(old)[1], err_msg=name)
 
 
