@@ -50,6 +50,8 @@ def gradients(kind="gaussian", num_tasks=3, seed=0):
         matrix[-1] = 0
     elif kind == "badly_scaled":
         matrix *= np.logspace(-4, 4, num_tasks)[:, None]
+    elif kind == "extremely_scaled":
+        matrix *= np.logspace(-14, 14, num_tasks)[:, None]
     elif kind == "conflicting":
         matrix = matrix - matrix.mean(0) + 0.1 * rng.standard_normal(SIZE)
     elif kind == "stationary":
@@ -68,6 +70,7 @@ KINDS = (
     "low_rank",
     "zero_row",
     "badly_scaled",
+    "extremely_scaled",
     "conflicting",
     "stationary",
 )

@@ -548,10 +548,17 @@ def test_partition_and_what_others_own(case):
 def test_tree_map_params(case):
     tx = case.make(T)
     params = problems.params()
+    names = {"a": "a", "b": ["b", None]}
+    shapes = {"a": params["a"].shape, "b": params["b"][0].shape}
     with context(case):
         state = tx.init(params)
-        mapped = optax.tree.map_params(tx, lambda leaf: leaf, state, transform_non_params=lambda leaf: leaf)
-    chex.assert_trees_all_equal_structs(mapped, state)
+        marked = optax.tree.map_params(tx, lambda _, name: name, state, names, transform_non_params=lambda _: "other")
+    assert jax.tree.structure(marked) == jax.tree.structure(state)
+    for name, leaf in zip(jax.tree.leaves(marked), jax.tree.leaves(state), strict=True):
+        if name != "other":
+            # What is taken for a parameter's is shaped like it, with or without a task axis: a sharding fits.
+            assert leaf.shape in (shapes[name], (T, *shapes[name]))
+    assert optax.tree.get(marked, "task_weights") == "other"
 
 
 @every_case()

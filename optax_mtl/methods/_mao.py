@@ -16,11 +16,11 @@ class ScaleByLeafRMSState(NamedTuple):
 
     Attributes:
       steps: () int32, updates so far.
-      nu: one scalar a leaf, the running mean of the squared gradient's entries.
+      nu: `(L,)`, for each leaf the running mean of the squared entries of its gradient.
     """
 
     steps: jax.Array
-    nu: Any
+    nu: jax.Array
 
 
 class MAOState(NamedTuple):
@@ -39,22 +39,18 @@ def _scale_by_leaf_rms(b2: _base.Scalar, eps: _base.Scalar) -> optax.GradientTra
     """Divides each leaf by the running root mean square of its entries."""
 
     def init_fn(params: _base.Params) -> ScaleByLeafRMSState:
-        dtype = _base.accumulator_dtype(params)
-        return ScaleByLeafRMSState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.zeros((), dtype), params))
+        num_leaves = len(jax.tree.leaves(params))
+        return ScaleByLeafRMSState(jnp.zeros((), jnp.int32), jnp.zeros(num_leaves, _base.accumulator_dtype(params)))
 
     def update_fn(updates: Any, state: Any, params: _base.Params | None = None) -> tuple[Any, ScaleByLeafRMSState]:
         steps = state.steps + 1
-
-        def second_moment(grad: jax.Array, nu: jax.Array) -> jax.Array:
-            decay = jnp.asarray(b2, nu.dtype)
-            return decay * nu + (1 - decay) * jnp.mean(jnp.square(grad.astype(nu.dtype)))
-
-        def divide(grad: jax.Array, nu: jax.Array) -> jax.Array:
-            unbiased = nu / (1 - jnp.asarray(b2, nu.dtype) ** steps.astype(nu.dtype))
-            return (grad.astype(nu.dtype) / (jnp.sqrt(unbiased) + jnp.asarray(eps, nu.dtype))).astype(grad.dtype)
-
-        nu = jax.tree.map(second_moment, updates, state.nu)
-        return jax.tree.map(divide, updates, nu), ScaleByLeafRMSState(steps, nu)
+        leaves, treedef = jax.tree.flatten(updates)
+        wide = [leaf.astype(state.nu.dtype) for leaf in leaves]
+        decay, small = jnp.asarray(b2, state.nu.dtype), jnp.asarray(eps, state.nu.dtype)
+        nu = decay * state.nu + (1 - decay) * jnp.stack([jnp.mean(jnp.square(leaf)) for leaf in wide])
+        root = jnp.sqrt(nu / (1 - decay ** steps.astype(nu.dtype))) + small
+        scaled = [(w / root[i]).astype(leaf.dtype) for i, (w, leaf) in enumerate(zip(wide, leaves, strict=True))]
+        return treedef.unflatten(scaled), ScaleByLeafRMSState(steps, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
