@@ -35,8 +35,7 @@ def value_and_task_grads(
       strategy: how the `T` pullbacks run, all in one program. `"unroll"`: one after another, written out; of losses
         given as a pytree, each is pulled back through its own head only. `"loop"`: one after another in a `lax` loop;
         the least memory and compile time, but every head is pulled back for every task. `"vmap"`: at once, batched.
-        `"auto"`: on CPU, where `"vmap"` took up to three times as long, `"unroll"` up to 16 tasks and then `"loop"`;
-        elsewhere `"vmap"`.
+        `"auto"`: on CPU, where `"vmap"` is slower, `"unroll"` up to 16 tasks and then `"loop"`; elsewhere `"vmap"`.
 
     Returns:
       A function of `loss_fn`'s arguments that returns `(losses, task_grads)`, or `((losses, aux), task_grads)`:

@@ -101,7 +101,7 @@ def cdtt(
         update depends on the losses' units and does not vanish with the gradients; `"relative"`: they are multiplied by
         the norm of `d` (ours).
       passes: how often the tasks are gone through to undo conflicts. One pass, as published, leaves no conflict for two
-        tasks, but some for three (2 % of random cases) and more (31 % for six).
+        tasks, but may for three and more.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to `(*shape)`.

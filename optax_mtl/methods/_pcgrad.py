@@ -88,7 +88,7 @@ def pcgrad(
 
     Note:
       As in the paper, a task is not projected against itself; the authors' TensorFlow code, LibMTL and others let it
-      happen after earlier projections (up to 1.3 % of the update at `T = 10`). Some implementations draw one shared
+      happen after earlier projections. Some implementations draw one shared
       order, or take the mean: see `order` and `reduction`. No epsilon is added to the squared norms.
     """
     _base.check_choice("reduction", reduction, ("sum", "mean"))
