@@ -1,9 +1,9 @@
 """The border between trees and matrices: `task_gramian` goes in, `combine` comes out.
 
-Both read the `T` gradients once and build nothing of their size. Two facts about XLA on a CPU shape the code. A matrix
-product over two parameter axes takes several times as long as one over a single flattened axis, and that is slower
-again than one over chunks that fit the cache. And `T` unrolled multiply-adds fuse into one loop at the speed of reading,
-and set aside non-finite rows for nothing, where `tensordot` needs a sanitised copy first.
+Both read the `T` gradients once and build nothing of their size. Two facts about XLA on a CPU shape the code. A
+matrix product over two parameter axes takes several times as long as one over a single flattened axis, and that is
+slower again than one over chunks that fit the cache. And `T` unrolled multiply-adds fuse into one loop at the speed of
+reading, and set aside non-finite rows for nothing, where `tensordot` needs a sanitised copy first.
 """
 
 import functools
