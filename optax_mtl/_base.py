@@ -85,8 +85,7 @@ def check_static_int(name: str, value: Any, low: int, high: float = float("inf")
     """Returns the int `value`, which shapes the program; raises `ValueError` if it is none, or out of `[low, high]`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(
-            f"{name} must be a static int, found {value!r}. Under optax.inject_hyperparams, name it in static_args: "
-            f'optax.inject_hyperparams(method, static_args=("num_tasks", "{name}")).'
+            f"{name} must be a static int, found {value!r}. Under optax.inject_hyperparams, add it to static_args."
         )
     static = int(value)
     if not low <= static <= high:
@@ -95,14 +94,21 @@ def check_static_int(name: str, value: Any, low: int, high: float = float("inf")
     return static
 
 
+def check_int(name: str, value: Any, low: int, high: float = float("inf")) -> Any:
+    """As `check_static_int`, but an integer array (an injected hyper-parameter, say) will do, and is not read."""
+    if isinstance(value, jax.Array) and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer):
+        return value
+    return check_static_int(name, value, low, high)
+
+
 def check_num_tasks(num_tasks: int) -> int:
     """Returns `num_tasks` if it is an int of at least 1; raises `ValueError` otherwise."""
     return check_static_int("num_tasks", num_tasks, 1)
 
 
-def check_task_index(name: str, index: int, num_tasks: int) -> int:
+def check_task_index(name: str, index: int, num_tasks: int) -> Any:
     """Returns the task index `index` made non-negative; raises `ValueError` if there is no such task."""
-    return check_static_int(name, index, -num_tasks, num_tasks - 1) % num_tasks
+    return check_int(name, index, -num_tasks, num_tasks - 1) % num_tasks
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

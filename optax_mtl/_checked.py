@@ -56,7 +56,13 @@ def checked(
                 value_fn = lambda _: losses  # noqa: E731
                 return tx.update(task_grads, state, params, **{"losses": losses, "value_fn": value_fn, **extra_args})
 
-            updates, after = jax.eval_shape(dry_run, task_grads, state, params, losses)
+            try:
+                updates, after = jax.eval_shape(dry_run, task_grads, state, params, losses)
+            except TypeError as error:
+                raise TypeError(
+                    f"optax_mtl.checked: the dry run of an update failed: {error}. If the optimiser needs extra "
+                    "arguments, give examples of them: optax_mtl.checked(tx, num_tasks, value=0.0)."
+                ) from error
             _check_shapes(updates, params, state, after)
         return state
 
@@ -81,9 +87,11 @@ def _check_shapes(updates: Any, params: Any, before: Any, after: Any) -> None:
         if jnp.shape(old) != jnp.shape(new):
             raise ValueError(
                 f"The optimiser's state at {jax.tree_util.keystr(path)} is {jnp.shape(old)} before an update and "
-                f"{jnp.shape(new)} after it: a transformation that keeps state for each parameter stands before the "
-                "balancing method, and is fed one gradient a task. Put it after the balancing method, or wrap it: "
-                "optax_mtl.per_task(optax.scale_by_adam(), num_tasks)."
+                f"{jnp.shape(new)} after it: a transformation that keeps state for each parameter is fed one gradient "
+                "a task. If it stands before the balancing method, put it after that, or wrap it: "
+                "optax_mtl.per_task(optax.scale_by_adam(), num_tasks). If it stands after, optax.masked or "
+                "optax.partition has let this leaf past the balancing method: give it optax_mtl.sum_tasks, or use "
+                "optax_mtl.shared_and_heads."
             )
     if params is None:
         return

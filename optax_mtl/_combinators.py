@@ -294,7 +294,13 @@ def _labels(shared: Any, tree: Any) -> list[Any]:
         ]
     if not jax.tree.leaves(tree):  # optax.tree.map_params asks for the state of a placeholder
         return []
-    broadcast = jax.tree.map(lambda label, sub: jax.tree.map(lambda _: label, sub), shared, tree)
+    try:
+        broadcast = jax.tree.map(lambda label, sub: jax.tree.map(lambda _: label, sub), shared, tree)
+    except ValueError as error:
+        raise ValueError(
+            "shared_and_heads: `shared` must be a tree like the parameters, or a prefix of it, with a label for every "
+            f"leaf: found {jax.tree.structure(shared)} for parameters {jax.tree.structure(tree)}."
+        ) from error
     return [_plain(label) for label in jax.tree.leaves(broadcast)]
 
 

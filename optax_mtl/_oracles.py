@@ -31,7 +31,8 @@ def value_and_task_grads(
       loss_fn: returns the tasks' losses, as an array `(T,)` or as any pytree of scalars (a dict of named losses, say),
         and also auxiliary data if `has_aux`.
       argnums: which positional arguments to differentiate with respect to.
-      has_aux: whether `loss_fn` returns `(losses, aux)`.
+      has_aux: whether `loss_fn` returns `(losses, aux)`. (Do not forget it: a pair is a pytree, and a scalar in it
+        would count as one more task.)
       strategy: how the `T` pullbacks run, all in one program. `"unroll"`: one after another, written out; of losses
         given as a pytree, each is pulled back through its own head only. `"loop"`: one after another in a `lax` loop;
         the least memory and compile time, but every head is pulled back for every task. `"vmap"`: at once, batched.

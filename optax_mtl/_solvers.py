@@ -90,7 +90,7 @@ def worst_case_in_ball(gramian: jax.Array, centre: jax.Array, radius: jax.Array,
     Solves `max_y min_i (M (centre + y))_i` subject to `y^T M y <= (radius |d0|)^2`. At the optimum `y >= 0` and
     `M (centre + y) >= level`, with equality where `y > 0`: for a given level, a quadratic over the orthant; and the
     length of the step grows with the level. On a known support the level for a given length is the root of a quadratic
-    equation, so that a few Newton steps, kept in a bracket, end at the optimum exactly.
+    equation: Newton steps, kept in a bracket, which end at the optimum as soon as they meet its support.
 
     Args:
       gramian: `(T, T)`, `M`.
@@ -133,7 +133,8 @@ def worst_case_in_ball(gramian: jax.Array, centre: jax.Array, radius: jax.Array,
     def unsolved(search: _Search) -> jax.Array:
         tolerance = 64 * jnp.finfo(unit.dtype).eps
         off = jnp.abs(length(search.at.x) - radius) > tolerance * radius
-        return off & (search.high - search.low > tolerance * jnp.abs(search.high)) & (search.rounds < 40)
+        apart = search.high - search.low > tolerance * jnp.maximum(jnp.abs(search.high), radius)
+        return off & apart & (search.rounds < 60)
 
     at = solve(bound, _Iterate.start(allowed, r.dtype))
     lowest = jnp.min(v * reciprocal(r), where=allowed, initial=jnp.finfo(r.dtype).max)  # here the step has length zero

@@ -149,14 +149,11 @@ CASES = (
     row(mtl.pcgrad, kwargs={"key": 0}),
     row(mtl.pcgrad, "shared mean", kwargs={"key": 0, "order": "shared", "reduction": "mean"}),
     row(mtl.pcgrad, "fixed", kwargs={"order": "fixed"}),
-    row(
-        mtl.cagrad, kwargs={"c": 0.4}, static=("rescale",), alone=lambda g, loss: 1.4 / 1.16 * g, keeps=("permutation",)
-    ),
+    row(mtl.cagrad, kwargs={"c": 0.4}, alone=lambda g, loss: 1.4 / 1.16 * g, keeps=("permutation",)),
     row(
         mtl.cagrad,
         "c=1",
         kwargs={"c": 1.0, "rescale": 0},
-        static=("rescale",),
         alone=lambda g, loss: 2 * g,
         keeps=("permutation", "non-conflicting", "stationary"),
     ),
@@ -164,7 +161,7 @@ CASES = (
     row(
         mtl.cdtt,
         kwargs={"window": 2},
-        static=("window", "passes"),
+        static=("window",),
         needs=("positive losses",),
         scale=None,  # pulls have a length of their own
     ),
@@ -172,13 +169,12 @@ CASES = (
         mtl.cdtt,
         "relative",
         kwargs={"window": 1, "tension": "relative", "passes": 2},
-        static=("window", "passes"),
+        static=("window",),
         needs=("positive losses",),
     ),
     row(
         mtl.hydalearn,
         kwargs={"learning_rate": 1e-2},
-        static=("primary",),
         needs=("params", "value_fn"),
         keeps=("simplex",),
         scale=None,  # a longer trial step gains something else
@@ -188,15 +184,13 @@ CASES = (
         mtl.hydalearn,
         "first order",
         kwargs={"learning_rate": 1e-2, "lookahead": "first_order"},
-        static=("primary",),
         keeps=("simplex",),
     ),
-    row(mtl.ial, static=("primary",), needs=("losses",), optax_inside=True),
+    row(mtl.ial, needs=("losses",), optax_inside=True),
     row(
         mtl.ial,
         "ratio",
         kwargs={"uncertainty_fn": "ratio", "optimizer": optax.sgd(0.1)},
-        static=("primary",),
         needs=("losses",),
     ),
     row(

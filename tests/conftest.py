@@ -2,10 +2,15 @@
 
 import hypothesis
 import jax
-
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
+import pytest
 
 # The first example of a test compiles a program, so there is no deadline; seeds are fixed, as CI must not waver.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """For the tests of this folder; docstrings' examples run as a user would run them."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        return (yield)

@@ -102,6 +102,8 @@ def test_checked_takes_heads_of_their_own_and_what_else_an_update_needs():
     chex.assert_trees_all_equal_shapes(updates, PARAMS)
     with problems.relaxed_promotion():
         plateau = optax.chain(mtl.mgda(2), optax.contrib.reduce_on_plateau())
+        with pytest.raises(TypeError, match=r"give examples of them: optax_mtl.checked\(tx, num_tasks, value="):
+            mtl.checked(plateau, 2).init(PARAMS)
         state = mtl.checked(plateau, 2, value=1.0).init(PARAMS)
         chex.assert_trees_all_equal_structs(state, plateau.init(PARAMS))
 
@@ -196,6 +198,8 @@ def test_something_must_be_shared_and_shaped():
     tx = mtl.shared_and_heads(mtl.mgda(2), {"trunk": True, "heads": 5})
     with pytest.raises(ValueError, match="names task 5 as an owner; there are 2"):
         tx.update(trunk_and_heads(), tx.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match="with a label for every leaf: found"):
+        mtl.shared_and_heads(mtl.mgda(2), {"trunk": True}).init(PARAMS)
     with pytest.raises(ValueError, match="marks no leaf as shared"):
         mtl.shared_and_heads(mtl.mgda(2), lambda path: False).init(PARAMS)
     tx = mtl.shared_and_heads(mtl.mgda(2), MASK)

@@ -150,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console_script = pathlib.Path(sys.argv[0]).stem == "optax-mtl"
     prog = "optax-mtl" if console_script else "python -m optax_mtl.experiments"
     parser = _parser(prog)
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = ["compare", *argv]  # the one command, so far
     options = vars(parser.parse_args(argv))
     options.pop("command")
     if options.pop("list"):

@@ -28,7 +28,7 @@ def cagrad_weights(
     c = jnp.asarray(c, gramian.dtype)
     mean = _base.equal_weights(present, gramian.dtype)
     step = _solvers.worst_case_in_ball(gramian, mean, c, present)
-    return (mean + step) / (1, 1 + c**2, 1 + c)[rescale]
+    return (mean + step) / jnp.stack([jnp.ones_like(c), 1 + c**2, 1 + c])[rescale]
 
 
 def cagrad(num_tasks: int, *, c: _base.Scalar = 0.5, rescale: int = 1) -> optax.GradientTransformationExtraArgs:
@@ -67,7 +67,7 @@ def cagrad(num_tasks: int, *, c: _base.Scalar = 0.5, rescale: int = 1) -> optax.
       task has converged; the authors' vision code multiplies by `T`.
     """
     _base.check_number("c", c, 0)
-    rescale = _base.check_static_int("rescale", rescale, 0, 2)
+    rescale = _base.check_int("rescale", rescale, 0, 2)
 
     def rule(gramian: jax.Array, state: Any, *, present: jax.Array, **_: Any) -> tuple[jax.Array, Any]:
         return cagrad_weights(gramian, c=c, rescale=rescale, present=present), state

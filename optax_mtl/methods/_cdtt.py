@@ -131,7 +131,7 @@ def cdtt(
     """
     _base.check_number("alpha", alpha, 0, 1)
     window = _base.check_static_int("window", window, 1)
-    passes = _base.check_static_int("passes", passes, 0)
+    passes = _base.check_int("passes", passes, 0)
     _base.check_choice("tension", tension, ("absolute", "relative"))
 
     def init(dtype: jnp.dtype) -> CDTTState:

@@ -19,11 +19,13 @@ class GradNormState(NamedTuple):
     Attributes:
       weights: `(T,)` and their optimiser's state.
       initial_losses: `(T,)` loss of each task when it was first seen.
+      norms: `(T,)` gradient norm of each task when it was last seen.
       seen: `(T,)` of bool, whether it has been.
     """
 
     weights: LearnedScalars
     initial_losses: jax.Array
+    norms: jax.Array
     seen: jax.Array
 
 
@@ -96,8 +98,8 @@ def gradnorm(
 
     Note:
       Norms are taken over all the leaves it is given (the paper: the last shared layer; use `shared_and_heads` or
-      `optax.partition` to restrict it). The weights' gradient is divided by the mean norm, which leaves Adam's steps as
-      they are and makes them the same for gradients of any scale. A weight never falls below 1e-3,
+      `optax.partition` to restrict it). The weights' gradient is divided by the mean of the tasks' last norms, which
+      makes the steps the same for gradients of any scale. A weight never falls below 1e-3,
       where the mean one is 1. The initial loss is that of the first step in which the task takes part.
     """
     _base.check_number("alpha", alpha, 0)
@@ -105,7 +107,7 @@ def gradnorm(
 
     def init(dtype: jnp.dtype) -> GradNormState:
         ones = jnp.ones(num_tasks, dtype)
-        return GradNormState(init_learned_scalars(inner, ones), ones, jnp.zeros(num_tasks, bool))
+        return GradNormState(init_learned_scalars(inner, ones), ones, 0 * ones, jnp.zeros(num_tasks, bool))
 
     def rule(
         gramian: jax.Array, state: GradNormState, *, losses: jax.Array, present: jax.Array, **_: Any
@@ -120,16 +122,17 @@ def gradnorm(
         ratios = jnp.minimum(ratios, 1e12)
 
         norms = jnp.sqrt(jnp.diagonal(gramian))
-        largest = jnp.max(norms)
-        norms = norms / jnp.where(largest > 0, largest, 1)
-        mean_norm = jnp.sum(_base.equal_weights(present, norms.dtype) * norms)
+        last_norms = jnp.where(present, norms, state.norms.astype(norms.dtype))
+        seen = state.seen | present
+        mean_norm = jnp.sum(_base.equal_weights(seen, norms.dtype) * last_norms)
+        norms = norms / jnp.where(mean_norm > 0, mean_norm, 1)
         grads = gradnorm_weight_grads(norms, weights, ratios, alpha=alpha, present=present)
-        learned = learn_scalars(inner, state.weights, grads / jnp.where(mean_norm > 0, mean_norm, 1), present)
+        learned = learn_scalars(inner, state.weights, grads, present)
 
         value = jnp.maximum(learned.value, _LEAST)
         share = num_tasks - jnp.sum(value, where=~present)
         value = jnp.maximum(value * share / jnp.maximum(jnp.sum(value, where=present), _LEAST), _LEAST)
         learned = learned._replace(value=jnp.where(present, value, state.weights.value))
-        return weights, GradNormState(learned, initial, state.seen | present)
+        return weights, GradNormState(learned, initial, last_norms, seen)
 
     return weighting("gradnorm", num_tasks, rule, init, needs_gramian=False, needs_losses=True)

@@ -10,7 +10,7 @@ def compile_fast():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def promotion():
     """Standard dtype promotion: optax.adam has a float to the power of an int, which the strict kind refuses."""
     with jax.numpy_dtype_promotion("standard"):

@@ -31,7 +31,7 @@ def fail(capsys, *argv):
         (["compare", "--seeds", "0"], "a whole number from 1"),
         (["compare", "--learning-rate", "-1"], "a number above 0"),
         (["compere"], "compare"),
-        ([], "command"),
+        (["--metods", "mgda"], "--methods"),
     ],
 )
 def test_bad_names_get_the_nearest_right_one(capsys, argv, hint):
@@ -41,6 +41,8 @@ def test_bad_names_get_the_nearest_right_one(capsys, argv, hint):
 def test_list_names_every_method_and_benchmark(capsys):
     command_line.main(["compare", "--list"])
     said = capsys.readouterr().out
+    command_line.main(["--list"])  # the one command need not be named
+    assert capsys.readouterr().out == said
     assert [name for name in (*_registry.METHODS, *command_line.BENCHMARKS) if f"  {name} " not in said] == []
 
 

@@ -1,5 +1,6 @@
 import collections
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,8 +17,9 @@ def ticks():
 
 
 @pytest.fixture(scope="module")
-def runs(promotion, ticks):
-    return _multidigits.run(CONFIG, METHODS, lambda name, number: ticks.update({name: number}))
+def runs(ticks):
+    with jax.numpy_dtype_promotion("standard"):  # as for `promotion`
+        return _multidigits.run(CONFIG, METHODS, lambda name, number: ticks.update({name: number}))
 
 
 def test_records_have_one_row_a_seed(runs):

@@ -78,6 +78,17 @@ def test_gradnorm_pulls_to_one_training_rate():
     np.testing.assert_allclose(evened[-1], [1.5, 0.5], atol=0.05)
 
 
+def test_gradnorm_evens_out_norms_of_tasks_that_take_turns():
+    """Decades between the norms, and never all tasks in one batch: the larger norm still gets the smaller weight."""
+    norms = np.array([1.0, 1e-2, 1e2])
+    grads = jnp.asarray(norms[:, None] * np.ones((3, 2)) / np.sqrt(2), jnp.float32)
+    masks = [[True, True, False], [True, False, True]] * 500
+    with jax.numpy_dtype_promotion("standard"):
+        weights = weights_over(mtl.gradnorm(3, alpha=0.0), np.ones((1000, 3)), masks, grads)
+    assert weights[-1, 2] < weights[-1, 0]
+    assert weights[-2, 0] < weights[-2, 1]
+
+
 def test_extreme_losses_end_in_finite_weights():
     """From 1e-30 to 1e20 and back."""
     extreme = np.array([[1e-30, 1.0], [1e20, 1e-30], [1e-30, 1e20], [1.0, 1.0]])
