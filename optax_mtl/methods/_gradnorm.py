@@ -70,7 +70,7 @@ def gradnorm(
     and are then renormalised to sum to `T`. The closed form of their gradient needs no second backward pass. Choose it
     when losses and gradients differ in scale and the tasks should finish together.
 
-    Needs gradient norms and `losses` (not negative).
+    Needs gradient norms and `losses` (a negative one counts as zero).
 
     Args:
       num_tasks: number of tasks `T`.
@@ -99,8 +99,8 @@ def gradnorm(
     Note:
       Norms are taken over all the leaves it is given (the paper: the last shared layer; use `shared_and_heads` or
       `optax.partition` to restrict it). The weights' gradient is divided by the mean of the tasks' last norms, which
-      makes the steps the same for gradients of any scale. A weight never falls below 1e-3,
-      where the mean one is 1. The initial loss is that of the first step in which the task takes part.
+      makes the steps the same for gradients of any scale. A weight never falls below 1e-3, where the mean one is 1. The
+      initial loss is that of the first step in which the task takes part.
     """
     _base.check_number("alpha", alpha, 0)
     inner = optax.adam(0.025) if optimizer is None else optimizer
