@@ -68,7 +68,7 @@ def value_and_task_grads(
         inputs = tuple(args[i] for i in nums)
         _check_differentiable(inputs)
 
-        def losses_of(*inputs: Any) -> tuple[jax.Array, Any]:
+        def losses_of(*inputs: Any) -> tuple[Any, Any]:
             full = list(args)
             for i, value in zip(nums, inputs, strict=True):
                 full[i] = value
