@@ -78,6 +78,12 @@ def equal_weights(present: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return present.astype(dtype) / jnp.maximum(jnp.sum(present), 1).astype(dtype)
 
 
+def preference_or(preference: Any, default: jax.Array, present: jax.Array) -> jax.Array:
+    """The user's `preference` `(T,)` in the dtype of `default`, or `default` if it is None; zero for absent tasks."""
+    chosen = default if preference is None else jnp.asarray(preference, default.dtype)
+    return jnp.where(present, chosen, 0)
+
+
 # -- Checks of a factory's arguments ---------------------------------------------------------------------------------
 
 
@@ -128,6 +134,15 @@ def check_task_vector(name: str, value: Any, num_tasks: int) -> None:
     """Raises `ValueError` unless `value` holds one number a task."""
     if jnp.shape(value) != (num_tasks,):
         raise ValueError(f"{name} must hold one number a task, shape ({num_tasks},), found shape {jnp.shape(value)}.")
+
+
+def check_preference(preference: Any, num_tasks: int) -> None:
+    """Raises `ValueError` unless `preference` is None or one number a task, none of them (where known) negative."""
+    if preference is None:
+        return
+    check_task_vector("preference", preference, num_tasks)
+    if _is_known(preference) and np.any(np.asarray(preference) < 0):
+        raise ValueError(f"preference must not be negative, found {preference!r}.")
 
 
 # -- Checks of an update's arguments ---------------------------------------------------------------------------------

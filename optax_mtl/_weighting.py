@@ -17,7 +17,7 @@ def weighting(
     name: str,
     num_tasks: int,
     rule: Rule,
-    init: Callable[[jnp.dtype], Any] = lambda dtype: (),
+    init: Callable[[jnp.dtype, _base.Params], Any] = lambda dtype, params: (),
     *,
     needs_gramian: bool = True,
     needs_losses: bool = False,
@@ -37,7 +37,7 @@ def weighting(
         absent, or None. The rule must give what it would give had the absent tasks never existed, and must keep
         their part of its state; their weights are set to zero here. `equal_weights`, `masked_softmax`,
         `where_present` (in `_base`) and `reciprocal` (in `_solvers`) help with that.
-      init: `init(dtype)` returns the method's first state; `dtype` is the weights'.
+      init: `init(dtype, params)` returns the method's first state; `dtype` is the weights'.
       needs_gramian: whether the rule looks at more than the diagonal.
       needs_losses: whether `losses` must be given.
       positive_losses: whether the rule is for losses that are not negative (it takes their logarithm, say).
@@ -48,7 +48,7 @@ def weighting(
     num_tasks = _base.check_num_tasks(num_tasks)
 
     def init_fn(params: _base.Params) -> _base.BalanceState:
-        return _base.init_balance_state(num_tasks, params, init(_base.accumulator_dtype(params)))
+        return _base.init_balance_state(num_tasks, params, init(_base.accumulator_dtype(params), params))
 
     def update_fn(
         updates: _base.TaskGrads,

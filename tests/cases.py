@@ -23,7 +23,8 @@ class Case:
       kwargs: hyper-parameters; a callable value is called with `num_tasks`.
       label: distinguishes the forms of one method.
       static: hyper-parameters that `optax.inject_hyperparams` must leave alone.
-      needs: what `update` must be given: "losses", "positive losses", "params", "value_fn", "gradients".
+      needs: what `update` must be given: "losses", "positive losses", "params", "value_fn", or a name in
+        `problems.extra_args`.
       alone: `alone(g, loss)` is the update for one task with gradient `g`, in the first step.
       scale: power of a common factor of the gradients in the update; None if there is no such law.
       keeps: opt-in laws: "permutation", "non-conflicting", "task-scale", "linear", "simplex", "sum" (weights
@@ -77,6 +78,7 @@ RANDOM = {"absent": "other draws for another number of tasks", "precision": "oth
 MIXER = {"weights": "mixes elementwise: there is no weight vector", "gramian": "needs the gradients"}
 
 CASES = (
+    # -- Static, random and loss weightings --------------------------------------------------------------------------
     row(mtl.sum_tasks, keeps=("permutation", "linear")),
     row(mtl.mean_tasks, keeps=("permutation", "linear", "simplex")),
     row(mtl.linear_scalarization, keeps=("permutation", "linear")),
@@ -136,7 +138,9 @@ CASES = (
         keeps=("permutation", "simplex"),
         static=("steps_per_epoch",),
     ),
+    # -- Loss weightings that learn or remember ----------------------------------------------------------------------
     row(mtl.gradnorm, needs=("losses",), keeps=("permutation", "sum"), optax_inside=True),
+    # -- Weightings from the Gramian ---------------------------------------------------------------------------------
     row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
     row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
     row(
@@ -172,6 +176,8 @@ CASES = (
         static=("window",),
         needs=("positive losses",),
     ),
+    # -- Stochastic multi-objective methods --------------------------------------------------------------------------
+    # -- Auxiliary learning ------------------------------------------------------------------------------------------
     row(
         mtl.hydalearn,
         kwargs={"learning_rate": 1e-2},
@@ -193,6 +199,7 @@ CASES = (
         kwargs={"uncertainty_fn": "ratio", "optimizer": optax.sgd(0.1)},
         needs=("losses",),
     ),
+    # -- Mixers and wrappers -----------------------------------------------------------------------------------------
     row(
         mtl.scale_by_mao,
         alone=adam_step,

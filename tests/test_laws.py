@@ -48,7 +48,14 @@ def program(case, num_tasks=T, key=""):
     @jax.jit
     def step(task_grads, state, params, losses, task_mask):
         return tx.update(
-            task_grads, state, params, losses=losses, task_mask=task_mask, value_fn=value_fn, nobody_knows_this=1
+            task_grads,
+            state,
+            params,
+            losses=losses,
+            task_mask=task_mask,
+            value_fn=value_fn,
+            **problems.extra_args(losses),
+            nobody_knows_this=1,
         )
 
     return tx, step
@@ -121,7 +128,9 @@ def test_one_trace_and_the_same_in_scan(case):
     @chex.assert_max_traces(n=1)
     def step(state, inputs):
         task_grads, losses = inputs
-        updates, state = tx.update(task_grads, state, params, losses=losses, value_fn=value_fn)
+        updates, state = tx.update(
+            task_grads, state, params, losses=losses, value_fn=value_fn, **problems.extra_args(losses)
+        )
         return state, updates
 
     with context(case):
@@ -178,7 +187,7 @@ def test_splitting_leaves_changes_nothing(case):
         losses = jnp.asarray(problems.losses(), jnp.float32)
         task_grads = merge(problems.tree_of(matrix))
         update = jax.jit(functools.partial(tx.update, value_fn=value_fn))
-        updates, _ = update(task_grads, tx.init(params), params, losses=losses)
+        updates, _ = update(task_grads, tx.init(params), params, losses=losses, **problems.extra_args(losses))
     np.testing.assert_allclose(np.asarray(updates), split[0], rtol=1e-4, atol=1e-6)
 
 
@@ -191,7 +200,8 @@ def test_masked_nodes_are_passed_over(case):
 
         @jax.jit
         def update(params, task_grads):
-            return tx.update(task_grads, tx.init(params), params, losses=losses, value_fn=problems.value_fn(T))[0]
+            extra_args = problems.extra_args(losses) | {"value_fn": problems.value_fn(T)}
+            return tx.update(task_grads, tx.init(params), params, losses=losses, **extra_args)[0]
 
         params, task_grads = problems.params(), problems.tree_of(matrix)
         masked = update({"a": params["a"], "b": optax.MaskedNode()}, {"a": task_grads["a"], "b": optax.MaskedNode()})
@@ -249,7 +259,9 @@ def test_num_tasks_is_checked(case):
             case.factory(bad, **case.hyperparams(2))
 
 
-@pytest.mark.parametrize("needed", ["losses", "positive losses", "value_fn", "params"])
+@pytest.mark.parametrize(
+    "needed", ["losses", "positive losses", "value_fn", "params", *problems.extra_args(jnp.ones(T))]
+)
 def test_what_is_needed_is_asked_for(needed):
     rows = [case for case in cases.CASES if needed in case.needs]
     assert rows
@@ -257,6 +269,7 @@ def test_what_is_needed_is_asked_for(needed):
         tx = case.make(T)
         params, task_grads = problems.params(), problems.tree_of(problems.gradients())
         given = {"losses": jnp.ones(T), "value_fn": problems.value_fn(T), "params": params}
+        given |= problems.extra_args(jnp.ones(T))
         del given[needed.removeprefix("positive ")]
         state = tx.init(params)
         with pytest.raises(ValueError, match="write") as error:
@@ -292,7 +305,7 @@ def test_a_gramian_is_a_valid_update(case):
         for k in range(3):
             gramian = mtl.Gramian(mtl.task_gramian(problems.tree_of(matrices[k])))
             losses = jnp.asarray(problems.losses(T, k), jnp.float32)
-            weights, state = update(gramian, state, params, losses=losses)
+            weights, state = update(gramian, state, params, losses=losses, **problems.extra_args(losses))
         np.testing.assert_array_equal(np.asarray(weights, np.float64), weights_of(state))
         with pytest.raises(ValueError, match="Gramian has shape"):
             tx.update(mtl.Gramian(jnp.eye(T + 1)), state, params, losses=losses)
@@ -404,7 +417,8 @@ def _run_without(case, matrices, losses, kept):
         params = problems.params()
         state, updates = tx.init(params), []
         for matrix, loss in zip(matrices, losses, strict=True):
-            update, state = step(problems.tree_of(matrix), state, params, losses=jnp.asarray(loss, jnp.float32))
+            loss = jnp.asarray(loss, jnp.float32)
+            update, state = step(problems.tree_of(matrix), state, params, losses=loss, **problems.extra_args(loss))
             updates.append(problems.vector_of(update))
     return np.stack(updates)
 
@@ -424,10 +438,11 @@ def test_a_masked_task_keeps_its_state(case):
     updates, after = run(case, garbage, losses, [EVERYONE, EVERYONE, mask, mask])
     assert np.isfinite(updates).all()
     assert not np.any(optax.tree.get(after, "nonfinite_count"))
-    paths_and_leaves = jax.tree_util.tree_leaves_with_path(after.method)
-    for (path, new), old in zip(paths_and_leaves, jax.tree.leaves(before.method), strict=True):
+    of_the_step = (".task_weights", ".task_present", ".nonfinite_count", ".head_weights")
+    paths_and_leaves = jax.tree_util.tree_leaves_with_path(after)
+    for (path, new), old in zip(paths_and_leaves, jax.tree.leaves(before), strict=True):
         name = jax.tree_util.keystr(path)
-        if new.ndim and new.shape[0] == T and not name.endswith(".head_weights"):
+        if new.ndim and new.shape[0] == T and not name.endswith(of_the_step):
             np.testing.assert_array_equal(np.asarray(new)[1], np.asarray(old)[1], err_msg=name)
 
 
@@ -498,7 +513,8 @@ def test_chained_with_adam_it_descends(case):
     @jax.jit
     def step(params, state):
         losses, task_grads = mtl.value_and_task_grads(value_fn)(params)
-        updates, state = tx.update(task_grads, state, params, losses=losses, value_fn=value_fn)
+        extra_args = problems.extra_args(losses) | {"value_fn": value_fn}
+        updates, state = tx.update(task_grads, state, params, losses=losses, **extra_args)
         return optax.apply_updates(params, updates), state, losses
 
     with problems.relaxed_promotion():
@@ -521,7 +537,8 @@ def test_inject_hyperparams(case):
 
         @jax.jit
         def step(task_grads, state, losses):
-            return tx.update(task_grads, state, params, losses=losses, value_fn=problems.value_fn(T))
+            extra_args = problems.extra_args(losses) | {"value_fn": problems.value_fn(T)}
+            return tx.update(task_grads, state, params, losses=losses, **extra_args)
 
         updates, state = step(problems.tree_of(matrix), state, jnp.asarray(problems.losses(), jnp.float32))
     np.testing.assert_allclose(problems.vector_of(updates), expected, rtol=1e-4, atol=1e-5)
@@ -538,7 +555,7 @@ def test_partition_and_what_others_own(case):
         params, task_grads = problems.params(), problems.tree_of(matrix)
         losses = jnp.asarray(problems.losses(), jnp.float32)
         update = jax.jit(functools.partial(tx.update, value_fn=lambda tree: jnp.sum(tree["a"]) * jnp.arange(3.0)))
-        updates, state = update(task_grads, tx.init(params), params, losses=losses)
+        updates, state = update(task_grads, tx.init(params), params, losses=losses, **problems.extra_args(losses))
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     np.testing.assert_allclose(updates["b"][0], matrix[:, 4:].sum(0).reshape(2, 2), rtol=1e-5)
     assert len(optax.tree.get_all_with_path(state, "task_weights")) == 2

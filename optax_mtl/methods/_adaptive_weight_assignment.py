@@ -96,7 +96,7 @@ def adaptive_weight_assignment(
         "adaptive_weight_assignment",
         num_tasks,
         by_step if steps_per_epoch is None else by_epoch,
-        lambda dtype: () if steps_per_epoch is None else init_epoch_means(num_tasks, 1, dtype),
+        lambda dtype, params: () if steps_per_epoch is None else init_epoch_means(num_tasks, 1, dtype),
         needs_gramian=False,
         needs_losses=True,
     )

@@ -134,7 +134,7 @@ def cdtt(
     passes = _base.check_int("passes", passes, 0)
     _base.check_choice("tension", tension, ("absolute", "relative"))
 
-    def init(dtype: jnp.dtype) -> CDTTState:
+    def init(dtype: jnp.dtype, params: _base.Params) -> CDTTState:
         return CDTTState(
             jnp.zeros((num_tasks, window), dtype), jnp.zeros(num_tasks, dtype), jnp.zeros(num_tasks, jnp.int32)
         )

@@ -83,7 +83,7 @@ def dwa(
         "dwa",
         num_tasks,
         rule,
-        lambda dtype: init_epoch_means(num_tasks, 2, dtype),
+        lambda dtype, params: init_epoch_means(num_tasks, 2, dtype),
         needs_gramian=False,
         needs_losses=True,
     )

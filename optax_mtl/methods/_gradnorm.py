@@ -105,7 +105,7 @@ def gradnorm(
     _base.check_number("alpha", alpha, 0)
     inner = optax.adam(0.025) if optimizer is None else optimizer
 
-    def init(dtype: jnp.dtype) -> GradNormState:
+    def init(dtype: jnp.dtype, params: _base.Params) -> GradNormState:
         ones = jnp.ones(num_tasks, dtype)
         return GradNormState(init_learned_scalars(inner, ones), ones, 0 * ones, jnp.zeros(num_tasks, bool))
 

@@ -188,6 +188,6 @@ def hydalearn(
         "hydalearn",
         num_tasks,
         rule,
-        lambda dtype: HydaLearnState(jnp.zeros((), jnp.int32)),
+        lambda dtype, params: HydaLearnState(jnp.zeros((), jnp.int32)),
         needs_gramian=lookahead == "first_order",
     )

@@ -116,7 +116,7 @@ def ial(
     factor_fn = _UNCERTAINTY_FNS[uncertainty_fn] if isinstance(uncertainty_fn, str) else uncertainty_fn
     inner = optax.adam(1e-2) if optimizer is None else optimizer
 
-    def init(dtype: jnp.dtype) -> IALState:
+    def init(dtype: jnp.dtype, params: _base.Params) -> IALState:
         return IALState(init_learned_scalars(inner, jnp.zeros(num_tasks, dtype)), jnp.full(num_tasks, 0.5, dtype))
 
     def rule(

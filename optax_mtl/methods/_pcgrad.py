@@ -110,4 +110,4 @@ def pcgrad(
             weights = weights * _base.equal_weights(present, weights.dtype)
         return weights, state
 
-    return weighting("pcgrad", num_tasks, rule, lambda dtype: PCGradState(first_key))
+    return weighting("pcgrad", num_tasks, rule, lambda dtype, params: PCGradState(first_key))

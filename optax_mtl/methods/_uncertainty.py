@@ -86,7 +86,7 @@ def uncertainty(
         "uncertainty",
         num_tasks,
         rule,
-        lambda dtype: init_learned_scalars(inner, jnp.full(num_tasks, init, dtype)),
+        lambda dtype, params: init_learned_scalars(inner, jnp.full(num_tasks, init, dtype)),
         needs_gramian=False,
         needs_losses=True,
     )
