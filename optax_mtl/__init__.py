@@ -4,7 +4,7 @@ from optax_mtl._base import BalanceState
 from optax_mtl._checked import checked
 from optax_mtl._combinators import mean_tasks, per_task, shared_and_heads, sum_tasks
 from optax_mtl._diagnostics import task_cosines, task_norms
-from optax_mtl._gramian import combine, Gramian, task_gramian
+from optax_mtl._gramian import combine, Gramian, task_cross_gramian, task_gramian
 from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grads
 from optax_mtl.methods._adaptive_weight_assignment import (
     adaptive_weight_assignment,
@@ -12,16 +12,22 @@ from optax_mtl.methods._adaptive_weight_assignment import (
 )
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
+from optax_mtl.methods._db_mtl import db_mtl, db_mtl_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
+from optax_mtl.methods._graddrop import graddrop
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
 from optax_mtl.methods._ial import ial, ial_weights
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
+from optax_mtl.methods._moco import moco, moco_weights
+from optax_mtl.methods._modo import modo, modo_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
+from optax_mtl.methods._sdmgrad import sdmgrad, sdmgrad_solution
+from optax_mtl.methods._trimmed_mean import trimmed_mean
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
 
 __all__ = [
@@ -36,10 +42,13 @@ __all__ = [
     "cdtt_weights",
     "checked",
     "combine",
+    "db_mtl",
+    "db_mtl_weights",
     "dwa",
     "dwa_weights",
     "edm",
     "edm_weights",
+    "graddrop",
     "gradnorm",
     "gradnorm_weight_grads",
     "hydalearn",
@@ -52,19 +61,27 @@ __all__ = [
     "mean_tasks",
     "mgda",
     "mgda_weights",
+    "moco",
+    "moco_weights",
+    "modo",
+    "modo_weights",
     "pcgrad",
     "pcgrad_weights",
     "per_task",
     "rlw",
     "rlw_weights",
     "scale_by_mao",
+    "sdmgrad",
+    "sdmgrad_solution",
     "shared_and_heads",
     "stack_task_grads",
     "sum_tasks",
     "task_cosines",
+    "task_cross_gramian",
     "task_gramian",
     "task_names",
     "task_norms",
+    "trimmed_mean",
     "uncertainty",
     "uncertainty_weights",
     "value_and_task_grads",

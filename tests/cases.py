@@ -75,6 +75,7 @@ def leaf_rms_step(g, loss):
 
 
 RANDOM = {"absent": "other draws for another number of tasks", "precision": "other draws in another dtype"}
+TRACKED = {"weights": "weights the tracked gradients", "gramian": "needs the gradients"}
 MIXER = {"weights": "mixes elementwise: there is no weight vector", "gramian": "needs the gradients"}
 
 CASES = (
@@ -163,6 +164,22 @@ CASES = (
     ),
     row(mtl.edm, keeps=("permutation", "non-conflicting", "task-scale", "simplex", "stationary")),
     row(
+        mtl.db_mtl,
+        kwargs={"beta_sigma": 0.5},
+        needs=("positive losses",),
+        alone=lambda g, loss: 0.1 * g / loss,
+        keeps=("permutation", "task-scale"),
+        lacks=TRACKED,
+    ),
+    row(
+        mtl.db_mtl,
+        "beta=0",
+        kwargs={"beta": 0.0},
+        needs=("positive losses",),
+        alone=lambda g, loss: g / loss,
+        keeps=("permutation", "task-scale"),
+    ),
+    row(
         mtl.cdtt,
         kwargs={"window": 2},
         static=("window",),
@@ -177,6 +194,26 @@ CASES = (
         needs=("positive losses",),
     ),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
+    row(mtl.sdmgrad, kwargs={"inner_learning_rate": 0.5}, keeps=("permutation", "simplex")),  # at 10 it is chaotic
+    row(mtl.modo, keeps=("permutation", "simplex"), scale=None),  # the weights' step is absolute
+    row(
+        mtl.moco,
+        alone=lambda g, loss: g / 2,
+        scale=None,  # the weights' step is absolute
+        keeps=("permutation", "simplex"),
+        lacks=TRACKED,
+    ),
+    row(
+        mtl.moco,
+        "softmax",
+        kwargs={"mapping": "softmax", "prenorm": True},
+        static=("mapping", "prenorm"),
+        needs=("losses",),
+        alone=lambda g, loss: 0.5 * loss * g / np.linalg.norm(g),
+        scale=0,
+        keeps=("permutation", "simplex"),
+        lacks=TRACKED,
+    ),
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
     row(
         mtl.hydalearn,
@@ -200,6 +237,18 @@ CASES = (
         needs=("losses",),
     ),
     # -- Mixers and wrappers -----------------------------------------------------------------------------------------
+    row(
+        mtl.graddrop,
+        kwargs={"key": 0, "leak": 0.25},
+        keeps=("permutation",),
+        lacks=MIXER | {"leaves": "draws leaf by leaf"},
+    ),
+    row(
+        mtl.trimmed_mean,
+        kwargs={"k": lambda num_tasks: (num_tasks - 1) // 2},
+        keeps=("permutation",),
+        lacks=MIXER,
+    ),
     row(
         mtl.scale_by_mao,
         alone=adam_step,

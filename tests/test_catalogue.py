@@ -26,8 +26,19 @@ MAY_IMPORT = {
     "_task_state": {"_base"},
     "_combinators": {"_base", "_gramian", "_weighting"},
     "_mixing": {"_base", "_gramian", "_combinators"},
+    "_tracking": {"_base", "_gramian", "_combinators"},
     "_diagnostics": {"_base", "_gramian", "_solvers"},
-    "methods": {"_base", "_gramian", "_solvers", "_combinators", "_weighting", "_mixing", "_task_state", "_oracles"},
+    "methods": {
+        "_base",
+        "_gramian",
+        "_solvers",
+        "_combinators",
+        "_weighting",
+        "_mixing",
+        "_task_state",
+        "_tracking",
+        "_oracles",
+    },
 }
 
 
