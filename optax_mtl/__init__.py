@@ -15,6 +15,7 @@ from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
 from optax_mtl.methods._db_mtl import db_mtl, db_mtl_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
+from optax_mtl.methods._excess_mtl import excess_mtl, excess_risks
 from optax_mtl.methods._graddrop import graddrop
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
@@ -25,6 +26,7 @@ from optax_mtl.methods._mgda import mgda, mgda_weights
 from optax_mtl.methods._moco import moco, moco_weights
 from optax_mtl.methods._modo import modo, modo_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
+from optax_mtl.methods._pike import pike, pike_gains
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._sdmgrad import sdmgrad, sdmgrad_solution
 from optax_mtl.methods._trimmed_mean import trimmed_mean
@@ -48,6 +50,8 @@ __all__ = [
     "dwa_weights",
     "edm",
     "edm_weights",
+    "excess_mtl",
+    "excess_risks",
     "graddrop",
     "gradnorm",
     "gradnorm_weight_grads",
@@ -68,6 +72,8 @@ __all__ = [
     "pcgrad",
     "pcgrad_weights",
     "per_task",
+    "pike",
+    "pike_gains",
     "rlw",
     "rlw_weights",
     "scale_by_mao",

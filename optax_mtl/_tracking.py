@@ -86,7 +86,7 @@ def _scaled(task_grads: _base.TaskGrads, factors: jax.Array) -> _base.TaskGrads:
 
 def _running_mean(share: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformation:
     def init_fn(params: _base.Params) -> RunningMeanState:
-        mean = jax.tree.map(lambda p: jnp.zeros(p.shape, _base.accumulator_dtype(p)), params)
+        mean = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _base.accumulator_dtype(p)), params)
         return RunningMeanState(jnp.zeros((), jnp.int32), mean)
 
     def update_fn(updates: Any, state: Any, params: _base.Params | None = None) -> tuple[Any, RunningMeanState]:

@@ -180,6 +180,28 @@ CASES = (
         keeps=("permutation", "task-scale"),
     ),
     row(
+        mtl.excess_mtl,
+        kwargs={"warmup_steps": 2},
+        keeps=("permutation", "sum"),
+        lacks={"gramian": "needs the gradients"},
+    ),
+    row(
+        mtl.pike,
+        kwargs={"zeta1": 0.1, "zeta2": 0.1},
+        needs=("gradient_variance",),
+        scale=None,  # its factors are absolute
+        keeps=("permutation", "simplex"),
+    ),
+    row(
+        mtl.pike,
+        "balanced",
+        kwargs={"zeta1": 0.01, "zeta2": 0.1, "every": 2, "tau": 1.5},
+        needs=("gradient_variance", "losses"),
+        alone=lambda g, loss: 1.5 * g,
+        scale=None,
+        keeps=("permutation",),
+    ),
+    row(
         mtl.cdtt,
         kwargs={"window": 2},
         static=("window",),

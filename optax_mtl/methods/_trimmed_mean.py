@@ -71,7 +71,8 @@ def trimmed_mean(num_tasks: int, *, k: int | jax.Array) -> optax.GradientTransfo
         number = jnp.sum(present)
         trimmed = jnp.minimum(jnp.asarray(k, number.dtype), jnp.maximum(number - 1, 0) // 2)
         kept = jax.tree.map(lambda leaf: keep(leaf, present, trimmed), task_grads)
-        weights = present.astype(jnp.float32) / jnp.maximum(number - 2 * trimmed, 1).astype(jnp.float32)
+        dtype = _base.accumulator_dtype(task_grads)
+        weights = present.astype(dtype) / jnp.maximum(number - 2 * trimmed, 1).astype(dtype)
         return _gramian.combine(weights, kept), kept, state
 
     return mixer("trimmed_mean", num_tasks, mix)
