@@ -119,8 +119,10 @@ def stochastic_weighting(
       An `optax.GradientTransformationExtraArgs` with a `BalanceState`.
     """
 
-    def rule_apart(gramian: jax.Array, state: Any, *, present: jax.Array, cross: jax.Array, **kwargs: Any) -> Any:
-        cross = jnp.where(jnp.outer(present, present), cross.astype(gramian.dtype), 0)
+    def rule_apart(
+        gramian: jax.Array, state: Any, *, present: jax.Array, cross_gramian: jax.Array, **kwargs: Any
+    ) -> Any:
+        cross = jnp.where(jnp.outer(present, present), cross_gramian.astype(gramian.dtype), 0)
         return rule(cross, state, present=present, **kwargs)
 
     together = weighting(name, num_tasks, rule, init)
@@ -142,7 +144,7 @@ def stochastic_weighting(
         # What is left can still overflow where one task's gradient is huge in one batch, and another's in the other.
         finite &= jnp.all(jnp.isfinite(jnp.where(jnp.outer(finite, finite), cross, 0)), axis=1)
         finite = finite if task_finite is None else finite & task_finite
-        return apart.update(updates, state, params, task_finite=finite, cross=cross, **extra_args)
+        return apart.update(updates, state, params, task_finite=finite, cross_gramian=cross, **extra_args)
 
     return optax.GradientTransformationExtraArgs(together.init, update_fn)
 
