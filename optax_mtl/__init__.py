@@ -12,17 +12,21 @@ from optax_mtl.methods._adaptive_weight_assignment import (
 )
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
+from optax_mtl.methods._dual_proj import dual_proj, dual_proj_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
+from optax_mtl.methods._fairgrad import fairgrad, fairgrad_weights
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
 from optax_mtl.methods._ial import ial, ial_weights
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
+from optax_mtl.methods._nash_mtl import nash_mtl, nash_mtl_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
+from optax_mtl.methods._upgrad import upgrad, upgrad_weights
 
 __all__ = [
     "BalanceState",
@@ -36,10 +40,14 @@ __all__ = [
     "cdtt_weights",
     "checked",
     "combine",
+    "dual_proj",
+    "dual_proj_weights",
     "dwa",
     "dwa_weights",
     "edm",
     "edm_weights",
+    "fairgrad",
+    "fairgrad_weights",
     "gradnorm",
     "gradnorm_weight_grads",
     "hydalearn",
@@ -52,6 +60,8 @@ __all__ = [
     "mean_tasks",
     "mgda",
     "mgda_weights",
+    "nash_mtl",
+    "nash_mtl_weights",
     "pcgrad",
     "pcgrad_weights",
     "per_task",
@@ -67,6 +77,8 @@ __all__ = [
     "task_norms",
     "uncertainty",
     "uncertainty_weights",
+    "upgrad",
+    "upgrad_weights",
     "value_and_task_grads",
 ]
 
