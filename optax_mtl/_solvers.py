@@ -147,7 +147,7 @@ def nonnegative_quadratic(matrix: jax.Array, linear: jax.Array, allowed: jax.Arr
       allowed: `(T,)` of bool, False for variables fixed at zero, as are those with a zero row.
 
     Returns:
-      `(T,)`, `x`; and the residual, which is not small if there is no minimum.
+      `(T,)`, `x`; and the residual, here relative to the linear term: it is not small if there is no minimum.
     """
     unit, norms = cosines(matrix)
     allowed = allowed & (norms > 0)
@@ -156,7 +156,7 @@ def nonnegative_quadratic(matrix: jax.Array, linear: jax.Array, allowed: jax.Arr
     wanted = wanted * reciprocal(largest)
     start = _Iterate.start(allowed & (wanted > 0), unit.dtype)
     x = _active_set(unit, wanted, allowed, start._replace(x=jnp.zeros_like(wanted))).x
-    return largest * x * reciprocal(norms), _violation(unit @ x - wanted, x, allowed) / jnp.maximum(jnp.sum(x), 1)
+    return largest * x * reciprocal(norms), _violation(unit @ x - wanted, x, allowed)
 
 
 def log_barrier_point(gramian: jax.Array, preference: jax.Array, exponent: jax.Array, allowed: jax.Array) -> Solution:
@@ -167,8 +167,9 @@ def log_barrier_point(gramian: jax.Array, preference: jax.Array, exponent: jax.A
     by a factor of `(1 - rho)^-(1 + exponent)` where the weights shrink by `rho`, still lets the objective fall.
 
     At a Pareto-stationary point there is no solution: the weights would grow for ever, their direction `G^T w`
-    vanishing. A ridge at the level of rounding ends that where they reach about a thousand (in float32), relative to
-    the inverse norms.
+    vanishing beside them. A ridge at the level of rounding ends that. The answer is defined as zero where `G^T w` is
+    shorter than that level tells from zero: where a convex combination of the unit gradients is shorter than 1e-3, in
+    float32.
 
     Args:
       gramian: `(T, T)`, `M`.
@@ -177,7 +178,7 @@ def log_barrier_point(gramian: jax.Array, preference: jax.Array, exponent: jax.A
       allowed: `(T,)` of bool; the others, and zero gradients, get weight zero.
 
     Returns:
-      `(T,)`, positive; and the residual.
+      `(T,)`, positive, or all zero; and the residual.
     """
     unit, norms = cosines(gramian)
     r = _relative_inverse(norms, allowed & (preference > 0))
@@ -192,7 +193,8 @@ def log_barrier_point(gramian: jax.Array, preference: jax.Array, exponent: jax.A
     log_largest = jnp.where(jnp.any(allowed), jnp.max(log_q), 0)
     q = jnp.where(allowed, jnp.exp(log_q - log_largest), 1)
     pairs = jnp.where(jnp.outer(allowed, allowed), unit, 0)
-    matrix = pairs + jnp.diag(jnp.where(allowed, (4 + len(q) ** 0.5) * precision, 1))
+    ridge = (4 + len(q) ** 0.5) * precision
+    matrix = pairs + jnp.diag(jnp.where(allowed, ridge, 1))
 
     def newton(at: _Newton) -> _Newton:
         x = at.x
@@ -202,11 +204,11 @@ def log_barrier_point(gramian: jax.Array, preference: jax.Array, exponent: jax.A
         step = -jax.scipy.linalg.cho_solve(factors, gradient)
         shrinks = jnp.max(jnp.maximum(-step / x, 0))
         # t = (1 - (1 + e rho)^(-1/e)) / rho, and its limit for a small rho
-        bounded = (1 - (1 + exponent * shrinks) ** (-1 / exponent)) / jnp.where(shrinks > 0, shrinks, 1)
-        t = jnp.where(shrinks > 1e-3, bounded, 1 - (1 + exponent) / 2 * shrinks)
+        kept = (1 + exponent * shrinks) ** (-1 / exponent)
+        t = jnp.where(shrinks > 1e-3, (1 - kept) / jnp.where(shrinks > 0, shrinks, 1), 1 - (1 + exponent) / 2 * shrinks)
         settled = jnp.max(jnp.abs(step / x)) < 0.3 * precision**0.5
         solved = jnp.max(jnp.abs(gradient)) < precision * jnp.sum(x)
-        return _Newton(x + t * step, settled | solved, at.rounds + 1)
+        return _Newton(jnp.maximum(x + t * step, kept * x), settled | solved, at.rounds + 1)
 
     # Exact for orthogonal gradients, then the best along that ray.
     alone = q ** (1 / (1 + exponent))
@@ -217,10 +219,14 @@ def log_barrier_point(gramian: jax.Array, preference: jax.Array, exponent: jax.A
     x = lax.while_loop(lambda at: ~at.done & (at.rounds < 100), newton, start).x
 
     violation = jnp.max(jnp.where(allowed, jnp.abs(pairs @ x - q * x**-exponent), 0))
-    x = jnp.where(allowed, x, 0)
+    total = jnp.sum(x, where=allowed)
+    solvable = jnp.any(allowed) & (x @ pairs @ x > 2 * ridge * total**2)
     least = jnp.min(norms, where=allowed, initial=jnp.finfo(dtype).max)
     unscaled = jnp.exp((log_largest - 2 * jnp.log(least)) / (1 + exponent))
-    return jnp.where(allowed, x * r * unscaled, 0), violation * reciprocal(jnp.sum(x))
+    return (
+        jnp.where(solvable & allowed, x * r * unscaled, 0),
+        jnp.where(solvable, violation / jnp.where(solvable, total, 1), 0),
+    )
 
 
 def worst_case_in_ball(gramian: jax.Array, centre: jax.Array, radius: jax.Array, allowed: jax.Array) -> Solution:
