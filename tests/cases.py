@@ -107,6 +107,14 @@ CASES = (
         keeps=("permutation",),
     ),
     row(
+        mtl.uncertainty,
+        "reu",
+        kwargs={"variant": "reu", "optimizer": optax.sgd(0.1)},
+        needs=("losses",),
+        alone=lambda g, loss: g / 2,
+        keeps=("permutation", "linear"),
+    ),
+    row(
         mtl.dwa,
         kwargs={"steps_per_epoch": 1},
         static=("steps_per_epoch",),
