@@ -114,6 +114,7 @@ CASES = (
         alone=lambda g, loss: g / 2,
         keeps=("permutation", "linear"),
     ),
+    row(mtl.gls, needs=("positive losses",), keeps=("permutation", "linear")),
     row(
         mtl.dwa,
         kwargs={"steps_per_epoch": 1},
