@@ -23,6 +23,7 @@ from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
+from optax_mtl.methods._scale_invariant import scale_invariant, scale_invariant_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
 
 __all__ = [
@@ -61,6 +62,8 @@ __all__ = [
     "rlw",
     "rlw_weights",
     "scale_by_mao",
+    "scale_invariant",
+    "scale_invariant_weights",
     "shared_and_heads",
     "stack_task_grads",
     "sum_tasks",

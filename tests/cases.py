@@ -116,6 +116,20 @@ CASES = (
     ),
     row(mtl.gls, needs=("positive losses",), keeps=("permutation", "linear")),
     row(
+        mtl.scale_invariant,
+        needs=("positive losses",),
+        alone=lambda g, loss: g / loss,
+        keeps=("permutation", "linear"),
+    ),
+    row(
+        mtl.scale_invariant,
+        "log1p",
+        kwargs={"mode": "log1p", "preference": lambda num_tasks: 2.0 * jnp.ones(num_tasks)},
+        needs=("positive losses",),
+        alone=lambda g, loss: 2 * g / (1 + loss),
+        keeps=("permutation", "linear"),
+    ),
+    row(
         mtl.dwa,
         kwargs={"steps_per_epoch": 1},
         static=("steps_per_epoch",),
