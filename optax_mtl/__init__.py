@@ -25,6 +25,7 @@ from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._scale_invariant import scale_invariant, scale_invariant_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
+from optax_mtl.methods._uw_o import uw_o, uw_o_weights
 
 __all__ = [
     "BalanceState",
@@ -73,6 +74,8 @@ __all__ = [
     "task_norms",
     "uncertainty",
     "uncertainty_weights",
+    "uw_o",
+    "uw_o_weights",
     "value_and_task_grads",
 ]
 

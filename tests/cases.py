@@ -129,6 +129,7 @@ CASES = (
         alone=lambda g, loss: 2 * g / (1 + loss),
         keeps=("permutation", "linear"),
     ),
+    row(mtl.uw_o, needs=("positive losses",), keeps=("permutation", "linear", "simplex")),
     row(
         mtl.dwa,
         kwargs={"steps_per_epoch": 1},
