@@ -26,6 +26,7 @@ from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._scale_invariant import scale_invariant, scale_invariant_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
 from optax_mtl.methods._uw_o import uw_o, uw_o_weights
+from optax_mtl.methods._uw_so import uw_so, uw_so_weights
 
 __all__ = [
     "BalanceState",
@@ -76,6 +77,8 @@ __all__ = [
     "uncertainty_weights",
     "uw_o",
     "uw_o_weights",
+    "uw_so",
+    "uw_so_weights",
     "value_and_task_grads",
 ]
 

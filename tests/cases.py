@@ -130,6 +130,7 @@ CASES = (
         keeps=("permutation", "linear"),
     ),
     row(mtl.uw_o, needs=("positive losses",), keeps=("permutation", "linear", "simplex")),
+    row(mtl.uw_so, needs=("positive losses",), keeps=("permutation", "linear", "simplex")),
     row(
         mtl.dwa,
         kwargs={"steps_per_epoch": 1},
