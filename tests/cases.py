@@ -165,6 +165,12 @@ CASES = (
     ),
     # -- Loss weightings that learn or remember ----------------------------------------------------------------------
     row(mtl.gradnorm, needs=("losses",), keeps=("permutation", "sum"), optax_inside=True),
+    row(
+        mtl.imtl_l,
+        kwargs={"optimizer": optax.sgd(0.1)},
+        needs=("losses",),
+        keeps=("permutation", "linear"),
+    ),
     # -- Weightings from the Gramian ---------------------------------------------------------------------------------
     row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
     row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
