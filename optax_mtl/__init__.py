@@ -12,6 +12,7 @@ from optax_mtl.methods._adaptive_weight_assignment import (
 )
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
+from optax_mtl.methods._dtp import dtp, dtp_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
 from optax_mtl.methods._gls import gls, gls_weights
@@ -41,6 +42,8 @@ __all__ = [
     "cdtt_weights",
     "checked",
     "combine",
+    "dtp",
+    "dtp_weights",
     "dwa",
     "dwa_weights",
     "edm",

@@ -171,6 +171,12 @@ CASES = (
         needs=("losses",),
         keeps=("permutation", "linear"),
     ),
+    row(
+        mtl.dtp,
+        needs=("kpis",),
+        alone=lambda g, loss: (1 - np.exp(-loss)) * loss * g,
+        keeps=("permutation", "linear"),
+    ),
     # -- Weightings from the Gramian ---------------------------------------------------------------------------------
     row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
     row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
