@@ -12,6 +12,7 @@ from optax_mtl.methods._adaptive_weight_assignment import (
 )
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
+from optax_mtl.methods._cov_weighting import cov_weighting, cov_weighting_weights
 from optax_mtl.methods._dtp import dtp, dtp_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
@@ -42,6 +43,8 @@ __all__ = [
     "cdtt_weights",
     "checked",
     "combine",
+    "cov_weighting",
+    "cov_weighting_weights",
     "dtp",
     "dtp_weights",
     "dwa",

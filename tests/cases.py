@@ -177,6 +177,7 @@ CASES = (
         alone=lambda g, loss: (1 - np.exp(-loss)) * loss * g,
         keeps=("permutation", "linear"),
     ),
+    row(mtl.cov_weighting, needs=("positive losses",), keeps=("permutation", "linear", "simplex")),
     # -- Weightings from the Gramian ---------------------------------------------------------------------------------
     row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
     row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
