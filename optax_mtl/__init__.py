@@ -27,6 +27,7 @@ from optax_mtl.methods._mgda import mgda, mgda_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._scale_invariant import scale_invariant, scale_invariant_weights
+from optax_mtl.methods._slaw import slaw, slaw_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
 from optax_mtl.methods._uw_o import uw_o, uw_o_weights
 from optax_mtl.methods._uw_so import uw_so, uw_so_weights
@@ -76,6 +77,8 @@ __all__ = [
     "scale_invariant",
     "scale_invariant_weights",
     "shared_and_heads",
+    "slaw",
+    "slaw_weights",
     "stack_task_grads",
     "sum_tasks",
     "task_cosines",

@@ -178,6 +178,7 @@ CASES = (
         keeps=("permutation", "linear"),
     ),
     row(mtl.cov_weighting, needs=("positive losses",), keeps=("permutation", "linear", "simplex")),
+    row(mtl.slaw, needs=("losses",), keeps=("permutation", "linear", "sum")),
     # -- Weightings from the Gramian ---------------------------------------------------------------------------------
     row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
     row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
