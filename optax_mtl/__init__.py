@@ -20,6 +20,7 @@ from optax_mtl.methods._gls import gls, gls_weights
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
 from optax_mtl.methods._ial import ial, ial_weights
+from optax_mtl.methods._igb import igb, igb_weights
 from optax_mtl.methods._imtl_l import imtl_l, imtl_l_weights
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
@@ -61,6 +62,8 @@ __all__ = [
     "hydalearn_weights",
     "ial",
     "ial_weights",
+    "igb",
+    "igb_weights",
     "imtl_l",
     "imtl_l_weights",
     "linear_scalarization",

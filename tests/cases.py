@@ -179,6 +179,14 @@ CASES = (
     ),
     row(mtl.cov_weighting, needs=("positive losses",), keeps=("permutation", "linear", "simplex")),
     row(mtl.slaw, needs=("losses",), keeps=("permutation", "linear", "sum")),
+    row(
+        mtl.igb,
+        kwargs={"steps_per_epoch": 1},
+        static=("steps_per_epoch",),
+        needs=("positive losses",),
+        alone=lambda g, loss: g / loss,
+        keeps=("permutation", "linear"),
+    ),
     # -- Weightings from the Gramian ---------------------------------------------------------------------------------
     row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
     row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
