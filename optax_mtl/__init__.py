@@ -12,6 +12,7 @@ from optax_mtl.methods._adaptive_weight_assignment import (
 )
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
+from optax_mtl.methods._cosmos import cosmos, cosmos_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
@@ -37,6 +38,8 @@ __all__ = [
     "cdtt_weights",
     "checked",
     "combine",
+    "cosmos",
+    "cosmos_weights",
     "dwa",
     "dwa_weights",
     "edm",
