@@ -22,6 +22,7 @@ from optax_mtl.methods._ial import ial, ial_weights
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
+from optax_mtl.methods._pbi import pbi, pbi_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
@@ -58,6 +59,8 @@ __all__ = [
     "mean_tasks",
     "mgda",
     "mgda_weights",
+    "pbi",
+    "pbi_weights",
     "pcgrad",
     "pcgrad_weights",
     "per_task",
