@@ -25,6 +25,7 @@ from optax_mtl.methods._mgda import mgda, mgda_weights
 from optax_mtl.methods._pbi import pbi, pbi_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
+from optax_mtl.methods._stch import stch, stch_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
 
 __all__ = [
@@ -69,6 +70,8 @@ __all__ = [
     "scale_by_mao",
     "shared_and_heads",
     "stack_task_grads",
+    "stch",
+    "stch_weights",
     "sum_tasks",
     "task_cosines",
     "task_gramian",

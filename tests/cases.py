@@ -140,6 +140,16 @@ CASES = (
     ),
     # -- Loss weightings that learn or remember ----------------------------------------------------------------------
     row(mtl.gradnorm, needs=("losses",), keeps=("permutation", "sum"), optax_inside=True),
+    row(mtl.stch, kwargs={"mu": 0.5}, needs=("losses",), keeps=("permutation",)),
+    row(
+        mtl.stch,
+        "log",
+        kwargs={"mu": 0.5, "form": "log", "steps_per_epoch": 1, "warmup_epochs": 1},
+        static=("steps_per_epoch", "warmup_epochs"),
+        needs=("positive losses",),
+        alone=lambda g, loss: g / loss,
+        keeps=("permutation",),
+    ),
     row(mtl.group_dro, kwargs={"step_size": 0.5}, needs=("losses",), keeps=("permutation", "simplex")),
     row(mtl.cosmos, needs=("losses",), keeps=("permutation",)),
     row(mtl.pbi, needs=("losses",), keeps=("permutation",)),
