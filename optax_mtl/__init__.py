@@ -15,6 +15,7 @@ from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
 from optax_mtl.methods._cosmos import cosmos, cosmos_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
+from optax_mtl.methods._famo import famo, famo_logit_grads, famo_weights
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._group_dro import group_dro, group_dro_weights
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
@@ -46,6 +47,9 @@ __all__ = [
     "dwa_weights",
     "edm",
     "edm_weights",
+    "famo",
+    "famo_logit_grads",
+    "famo_weights",
     "gradnorm",
     "gradnorm_weight_grads",
     "group_dro",
