@@ -16,6 +16,7 @@ from optax_mtl.methods._cosmos import cosmos, cosmos_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
 from optax_mtl.methods._famo import famo, famo_logit_grads, famo_weights
+from optax_mtl.methods._go4align import go4align, go4align_weights, group_means
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._group_dro import group_dro, group_dro_weights
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
@@ -50,10 +51,13 @@ __all__ = [
     "famo",
     "famo_logit_grads",
     "famo_weights",
+    "go4align",
+    "go4align_weights",
     "gradnorm",
     "gradnorm_weight_grads",
     "group_dro",
     "group_dro_weights",
+    "group_means",
     "hydalearn",
     "hydalearn_gains",
     "hydalearn_weights",

@@ -141,6 +141,12 @@ CASES = (
     # -- Loss weightings that learn or remember ----------------------------------------------------------------------
     row(mtl.gradnorm, needs=("losses",), keeps=("permutation", "sum"), optax_inside=True),
     row(mtl.famo, needs=("positive losses",), keeps=("permutation", "simplex"), optax_inside=True),
+    row(
+        mtl.go4align,
+        static=("num_groups",),
+        needs=("positive losses",),
+        keeps=("permutation",),
+    ),
     row(mtl.stch, kwargs={"mu": 0.5}, needs=("losses",), keeps=("permutation",)),
     row(
         mtl.stch,
