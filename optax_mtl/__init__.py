@@ -21,6 +21,7 @@ from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._group_dro import group_dro, group_dro_weights
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
 from optax_mtl.methods._ial import ial, ial_weights
+from optax_mtl.methods._ldc_mtl import ldc_mtl, ldc_mtl_factors
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
@@ -63,6 +64,8 @@ __all__ = [
     "hydalearn_weights",
     "ial",
     "ial_weights",
+    "ldc_mtl",
+    "ldc_mtl_factors",
     "linear_scalarization",
     "mao",
     "mean_tasks",

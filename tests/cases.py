@@ -160,6 +160,7 @@ CASES = (
     row(mtl.group_dro, kwargs={"step_size": 0.5}, needs=("losses",), keeps=("permutation", "simplex")),
     row(mtl.cosmos, needs=("losses",), keeps=("permutation",)),
     row(mtl.pbi, needs=("losses",), keeps=("permutation",)),
+    row(mtl.ldc_mtl, needs=("positive losses",), optax_inside=True),
     # -- Weightings from the Gramian ---------------------------------------------------------------------------------
     row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
     row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
