@@ -13,6 +13,7 @@ from optax_mtl.methods._adaptive_weight_assignment import (
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
 from optax_mtl.methods._cosmos import cosmos, cosmos_weights
+from optax_mtl.methods._cr_mogm import cr_mogm
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
 from optax_mtl.methods._famo import famo, famo_logit_grads, famo_weights
@@ -45,6 +46,7 @@ __all__ = [
     "combine",
     "cosmos",
     "cosmos_weights",
+    "cr_mogm",
     "dwa",
     "dwa_weights",
     "edm",

@@ -221,6 +221,7 @@ CASES = (
         needs=("losses",),
     ),
     # -- Mixers and wrappers -----------------------------------------------------------------------------------------
+    row(mtl.cr_mogm, kwargs={"inner": mtl.mgda}, keeps=("permutation",)),
     row(
         mtl.scale_by_mao,
         alone=adam_step,
