@@ -31,6 +31,7 @@ from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._stch import stch, stch_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
+from optax_mtl.methods._update_every import update_every
 
 __all__ = [
     "BalanceState",
@@ -92,6 +93,7 @@ __all__ = [
     "task_norms",
     "uncertainty",
     "uncertainty_weights",
+    "update_every",
     "value_and_task_grads",
 ]
 

@@ -222,6 +222,7 @@ CASES = (
     ),
     # -- Mixers and wrappers -----------------------------------------------------------------------------------------
     row(mtl.cr_mogm, kwargs={"inner": mtl.mgda}, keeps=("permutation",)),
+    row(mtl.update_every, kwargs={"inner": mtl.mgda, "every": 2}, keeps=("permutation", "simplex")),
     row(
         mtl.scale_by_mao,
         alone=adam_step,
