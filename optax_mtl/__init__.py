@@ -15,6 +15,7 @@ from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
+from optax_mtl.methods._gradvac import gradvac, gradvac_weights
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
 from optax_mtl.methods._ial import ial, ial_weights
 from optax_mtl.methods._linear_scalarization import linear_scalarization
@@ -42,6 +43,8 @@ __all__ = [
     "edm_weights",
     "gradnorm",
     "gradnorm_weight_grads",
+    "gradvac",
+    "gradvac_weights",
     "hydalearn",
     "hydalearn_gains",
     "hydalearn_weights",

@@ -176,6 +176,13 @@ CASES = (
         static=("window",),
         needs=("positive losses",),
     ),
+    row(mtl.gradvac, kwargs={"key": 0, "beta": 0.3}),
+    row(
+        mtl.gradvac,
+        "leaf",
+        kwargs={"key": 0, "granularity": "leaf", "order": "shared"},
+        lacks={"weights": "every leaf has its own", "leaves": "weights differ from leaf to leaf"},
+    ),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
     row(
