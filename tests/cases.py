@@ -183,6 +183,7 @@ CASES = (
         kwargs={"key": 0, "granularity": "leaf", "order": "shared"},
         lacks={"weights": "every leaf has its own", "leaves": "weights differ from leaf to leaf"},
     ),
+    row(mtl.imtl_g, keeps=("permutation", "task-scale")),  # with a negative weight, rescaling may turn it round
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
     row(
