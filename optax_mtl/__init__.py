@@ -18,6 +18,7 @@ from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._gradvac import gradvac, gradvac_weights
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
 from optax_mtl.methods._ial import ial, ial_weights
+from optax_mtl.methods._imtl import imtl, imtl_weights
 from optax_mtl.methods._imtl_g import imtl_g, imtl_g_weights
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
@@ -51,8 +52,10 @@ __all__ = [
     "hydalearn_weights",
     "ial",
     "ial_weights",
+    "imtl",
     "imtl_g",
     "imtl_g_weights",
+    "imtl_weights",
     "linear_scalarization",
     "mao",
     "mean_tasks",

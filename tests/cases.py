@@ -184,6 +184,7 @@ CASES = (
         lacks={"weights": "every leaf has its own", "leaves": "weights differ from leaf to leaf"},
     ),
     row(mtl.imtl_g, keeps=("permutation", "task-scale")),  # with a negative weight, rescaling may turn it round
+    row(mtl.imtl, needs=("losses",), keeps=("permutation",), optax_inside=True),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
     row(
