@@ -10,6 +10,7 @@ from optax_mtl.methods._adaptive_weight_assignment import (
     adaptive_weight_assignment,
     adaptive_weight_assignment_weights,
 )
+from optax_mtl.methods._aligned_mtl import aligned_mtl, aligned_mtl_weights
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
@@ -32,6 +33,8 @@ __all__ = [
     "Gramian",
     "adaptive_weight_assignment",
     "adaptive_weight_assignment_weights",
+    "aligned_mtl",
+    "aligned_mtl_weights",
     "cagrad",
     "cagrad_weights",
     "cdtt",

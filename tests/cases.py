@@ -185,6 +185,7 @@ CASES = (
     ),
     row(mtl.imtl_g, keeps=("permutation", "task-scale")),  # with a negative weight, rescaling may turn it round
     row(mtl.imtl, needs=("losses",), keeps=("permutation",), optax_inside=True),
+    row(mtl.aligned_mtl, keeps=("permutation",)),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
     row(
