@@ -13,6 +13,7 @@ from optax_mtl.methods._adaptive_weight_assignment import (
 from optax_mtl.methods._aligned_mtl import aligned_mtl, aligned_mtl_weights
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
+from optax_mtl.methods._con_fig import con_fig, con_fig_momentum, con_fig_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
@@ -42,6 +43,9 @@ __all__ = [
     "cdtt_weights",
     "checked",
     "combine",
+    "con_fig",
+    "con_fig_momentum",
+    "con_fig_weights",
     "dwa",
     "dwa_weights",
     "edm",

@@ -186,6 +186,14 @@ CASES = (
     row(mtl.imtl_g, keeps=("permutation", "task-scale")),  # with a negative weight, rescaling may turn it round
     row(mtl.imtl, needs=("losses",), keeps=("permutation",), optax_inside=True),
     row(mtl.aligned_mtl, keeps=("permutation",)),
+    row(mtl.con_fig, keeps=("permutation", "task-scale", "linear")),
+    row(
+        mtl.con_fig_momentum,
+        alone=adam_step,
+        scale=None,  # Adam's epsilon is absolute
+        keeps=("permutation",),
+        lacks={"weights": "preconditions what it has mixed", "gramian": "needs the gradients"},
+    ),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
     row(
