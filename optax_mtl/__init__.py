@@ -22,6 +22,7 @@ from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_w
 from optax_mtl.methods._ial import ial, ial_weights
 from optax_mtl.methods._imtl import imtl, imtl_weights
 from optax_mtl.methods._imtl_g import imtl_g, imtl_g_weights
+from optax_mtl.methods._krum import krum, krum_weights
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
@@ -63,6 +64,8 @@ __all__ = [
     "imtl_g",
     "imtl_g_weights",
     "imtl_weights",
+    "krum",
+    "krum_weights",
     "linear_scalarization",
     "mao",
     "mean_tasks",

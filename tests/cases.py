@@ -194,6 +194,11 @@ CASES = (
         keeps=("permutation",),
         lacks={"weights": "preconditions what it has mixed", "gramian": "needs the gradients"},
     ),
+    row(
+        mtl.krum,
+        kwargs={"n_selected": lambda num_tasks: min(2, num_tasks)},
+        keeps=("permutation", "simplex"),
+    ),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
     row(
