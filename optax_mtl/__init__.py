@@ -7,8 +7,10 @@ from optax_mtl._diagnostics import task_cosines, task_norms
 from optax_mtl._gramian import combine, Gramian, task_gramian
 from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grads
 from optax_mtl.methods._adaptive_weight_assignment import adaptive_weight_assignment, adaptive_weight_assignment_weights
+from optax_mtl.methods._aligned_mtl import aligned_mtl, aligned_mtl_weights
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
+from optax_mtl.methods._con_fig import con_fig, con_fig_momentum, con_fig_weights
 from optax_mtl.methods._cosmos import cosmos, cosmos_weights
 from optax_mtl.methods._cov_weighting import cov_weighting, cov_weighting_weights
 from optax_mtl.methods._cr_mogm import cr_mogm
@@ -21,11 +23,15 @@ from optax_mtl.methods._famo import famo, famo_logit_grads, famo_weights
 from optax_mtl.methods._gls import gls, gls_weights
 from optax_mtl.methods._go4align import go4align, go4align_weights, group_means
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
+from optax_mtl.methods._gradvac import gradvac, gradvac_weights
 from optax_mtl.methods._group_dro import group_dro, group_dro_weights
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
 from optax_mtl.methods._ial import ial, ial_weights
 from optax_mtl.methods._igb import igb, igb_weights
+from optax_mtl.methods._imtl import imtl, imtl_weights
+from optax_mtl.methods._imtl_g import imtl_g, imtl_g_weights
 from optax_mtl.methods._imtl_l import imtl_l, imtl_l_weights
+from optax_mtl.methods._krum import krum, krum_weights
 from optax_mtl.methods._ldc_mtl import ldc_mtl, ldc_mtl_factors
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
@@ -48,6 +54,8 @@ __all__ = [
     "Gramian",
     "adaptive_weight_assignment",
     "adaptive_weight_assignment_weights",
+    "aligned_mtl",
+    "aligned_mtl_weights",
     "cagrad",
     "cagrad_weights",
     "cdtt",
@@ -55,6 +63,9 @@ __all__ = [
     "cdtt_weights",
     "checked",
     "combine",
+    "con_fig",
+    "con_fig_momentum",
+    "con_fig_weights",
     "cosmos",
     "cosmos_weights",
     "cov_weighting",
@@ -79,6 +90,8 @@ __all__ = [
     "go4align_weights",
     "gradnorm",
     "gradnorm_weight_grads",
+    "gradvac",
+    "gradvac_weights",
     "group_dro",
     "group_dro_weights",
     "group_means",
@@ -89,8 +102,14 @@ __all__ = [
     "ial_weights",
     "igb",
     "igb_weights",
+    "imtl",
+    "imtl_g",
+    "imtl_g_weights",
     "imtl_l",
     "imtl_l_weights",
+    "imtl_weights",
+    "krum",
+    "krum_weights",
     "ldc_mtl",
     "ldc_mtl_factors",
     "linear_scalarization",

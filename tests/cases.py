@@ -270,6 +270,29 @@ CASES = (
         static=("window",),
         needs=("positive losses",),
     ),
+    row(mtl.gradvac, kwargs={"key": 0, "beta": 0.3}),
+    row(
+        mtl.gradvac,
+        "leaf",
+        kwargs={"key": 0, "granularity": "leaf", "order": "shared"},
+        lacks={"weights": "every leaf has its own", "leaves": "weights differ from leaf to leaf"},
+    ),
+    row(mtl.imtl_g, keeps=("permutation", "task-scale")),  # with a negative weight, rescaling may turn it round
+    row(mtl.imtl, needs=("losses",), keeps=("permutation",), optax_inside=True),
+    row(mtl.aligned_mtl, keeps=("permutation",)),
+    row(mtl.con_fig, keeps=("permutation", "task-scale", "linear")),
+    row(
+        mtl.con_fig_momentum,
+        alone=adam_step,
+        scale=None,  # Adam's epsilon is absolute
+        keeps=("permutation",),
+        lacks={"weights": "preconditions what it has mixed", "gramian": "needs the gradients"},
+    ),
+    row(
+        mtl.krum,
+        kwargs={"n_selected": lambda num_tasks: min(2, num_tasks)},
+        keeps=("permutation", "simplex"),
+    ),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
     row(
