@@ -14,6 +14,7 @@ from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
+from optax_mtl.methods._grad_cosine import grad_cosine, grad_cosine_weights
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
 from optax_mtl.methods._ial import ial, ial_weights
@@ -40,6 +41,8 @@ __all__ = [
     "dwa_weights",
     "edm",
     "edm_weights",
+    "grad_cosine",
+    "grad_cosine_weights",
     "gradnorm",
     "gradnorm_weight_grads",
     "hydalearn",

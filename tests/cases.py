@@ -178,6 +178,9 @@ CASES = (
     ),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
+    row(mtl.grad_cosine),
+    row(mtl.grad_cosine, "weighted", kwargs={"mode": "weighted", "primary": -1}),
+    row(mtl.grad_cosine, "project", kwargs={"mode": "project", "primary": lambda num_tasks: (0, num_tasks - 1)}),
     row(
         mtl.hydalearn,
         kwargs={"learning_rate": 1e-2},
