@@ -12,8 +12,10 @@ from optax_mtl.methods._adaptive_weight_assignment import (
 )
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
+from optax_mtl.methods._dual_proj import dual_proj, dual_proj_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
+from optax_mtl.methods._fairgrad import fairgrad, fairgrad_weights
 from optax_mtl.methods._grad_cosine import grad_cosine, grad_cosine_weights
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
@@ -21,9 +23,11 @@ from optax_mtl.methods._ial import ial, ial_weights
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
+from optax_mtl.methods._nash_mtl import nash_mtl, nash_mtl_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
+from optax_mtl.methods._upgrad import upgrad, upgrad_weights
 
 __all__ = [
     "BalanceState",
@@ -37,10 +41,14 @@ __all__ = [
     "cdtt_weights",
     "checked",
     "combine",
+    "dual_proj",
+    "dual_proj_weights",
     "dwa",
     "dwa_weights",
     "edm",
     "edm_weights",
+    "fairgrad",
+    "fairgrad_weights",
     "grad_cosine",
     "grad_cosine_weights",
     "gradnorm",
@@ -55,6 +63,8 @@ __all__ = [
     "mean_tasks",
     "mgda",
     "mgda_weights",
+    "nash_mtl",
+    "nash_mtl_weights",
     "pcgrad",
     "pcgrad_weights",
     "per_task",
@@ -70,6 +80,8 @@ __all__ = [
     "task_norms",
     "uncertainty",
     "uncertainty_weights",
+    "upgrad",
+    "upgrad_weights",
     "value_and_task_grads",
 ]
 

@@ -74,6 +74,10 @@ def leaf_rms_step(g, loss):
     return np.concatenate([leaf / np.sqrt(np.mean(leaf**2)) for leaf in leaves])
 
 
+def unit_step(g, loss):
+    return g / np.linalg.norm(g)
+
+
 RANDOM = {"absent": "other draws for another number of tasks", "precision": "other draws in another dtype"}
 MIXER = {"weights": "mixes elementwise: there is no weight vector", "gramian": "needs the gradients"}
 
@@ -162,6 +166,28 @@ CASES = (
         keeps=("permutation", "non-conflicting", "stationary"),
     ),
     row(mtl.edm, keeps=("permutation", "non-conflicting", "task-scale", "simplex", "stationary")),
+    row(mtl.dual_proj, keeps=("permutation", "non-conflicting", "stationary")),
+    row(mtl.upgrad, keeps=("permutation", "non-conflicting", "linear", "stationary")),
+    row(
+        mtl.nash_mtl,
+        alone=unit_step,
+        scale=0,
+        keeps=("permutation", "non-conflicting", "task-scale"),
+    ),
+    row(
+        mtl.nash_mtl,
+        "preference",
+        kwargs={"preference": lambda num_tasks: 2.0 * jnp.ones(num_tasks), "max_norm": None},
+        alone=lambda g, loss: np.sqrt(2) * unit_step(g, loss),
+        scale=0,
+        keeps=("permutation",),
+    ),
+    row(
+        mtl.fairgrad,
+        alone=lambda g, loss: np.linalg.norm(g) ** (-4 / 3) * g,
+        scale=-1 / 3,
+        keeps=("permutation", "non-conflicting"),
+    ),
     row(
         mtl.cdtt,
         kwargs={"window": 2},
