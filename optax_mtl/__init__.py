@@ -24,6 +24,7 @@ from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
 from optax_mtl.methods._nash_mtl import nash_mtl, nash_mtl_weights
+from optax_mtl.methods._ol_aux import ol_aux
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
@@ -65,6 +66,7 @@ __all__ = [
     "mgda_weights",
     "nash_mtl",
     "nash_mtl_weights",
+    "ol_aux",
     "pcgrad",
     "pcgrad_weights",
     "per_task",
