@@ -10,6 +10,7 @@ from optax_mtl.methods._adaptive_weight_assignment import (
     adaptive_weight_assignment,
     adaptive_weight_assignment_weights,
 )
+from optax_mtl.methods._bloop import bloop
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
 from optax_mtl.methods._dual_proj import dual_proj, dual_proj_weights
@@ -35,6 +36,7 @@ __all__ = [
     "Gramian",
     "adaptive_weight_assignment",
     "adaptive_weight_assignment_weights",
+    "bloop",
     "cagrad",
     "cagrad_weights",
     "cdtt",

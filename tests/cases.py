@@ -213,6 +213,13 @@ CASES = (
         scale=None,  # the weights change by the gradients' products
     ),
     row(
+        mtl.bloop,
+        lacks={
+            "weights": "takes a multiple of the primary's running mean out of the weighted sum",
+            "gramian": "keeps a running mean of gradients",
+        },
+    ),
+    row(
         mtl.hydalearn,
         kwargs={"learning_rate": 1e-2},
         needs=("params", "value_fn"),
