@@ -10,6 +10,7 @@ from optax_mtl.methods._adaptive_weight_assignment import (
     adaptive_weight_assignment,
     adaptive_weight_assignment_weights,
 )
+from optax_mtl.methods._auto_lambda import auto_lambda, auto_lambda_meta_grads
 from optax_mtl.methods._bloop import bloop
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
@@ -36,6 +37,8 @@ __all__ = [
     "Gramian",
     "adaptive_weight_assignment",
     "adaptive_weight_assignment_weights",
+    "auto_lambda",
+    "auto_lambda_meta_grads",
     "bloop",
     "cagrad",
     "cagrad_weights",

@@ -260,8 +260,10 @@ def check_params(params: Params | None, method: str) -> None:
         )
 
 
-def check_value_fn(params: Params | None, value_fn: Callable[[Params], Any] | None, method: str) -> None:
-    """Raises `ValueError` if a method that looks at the losses elsewhere was not given the means to."""
+def check_value_fn(
+    params: Params | None, value_fn: Callable[[Params], Any] | None, method: str
+) -> tuple[Params, Callable[[Params], Any]]:
+    """Returns what a method needs to look at validation losses; raises `ValueError` if it was not given."""
     if params is None or value_fn is None:
         raise ValueError(
             f"{method} looks at the losses of validation data and needs the parameters and these losses as a function "
@@ -269,6 +271,7 @@ def check_value_fn(params: Params | None, value_fn: Callable[[Params], Any] | No
             "    updates, opt_state = tx.update(task_grads, opt_state, params,\n"
             "                                   value_fn=lambda params: loss_fn(params, validation_batch))"
         )
+    return params, value_fn
 
 
 # -- Who takes part --------------------------------------------------------------------------------------------------

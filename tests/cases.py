@@ -220,6 +220,16 @@ CASES = (
         },
     ),
     row(
+        mtl.auto_lambda,
+        kwargs={"learning_rate": 1e-2, "primary": lambda num_tasks: tuple(range(num_tasks))},
+        needs=("params", "value_fn"),
+        alone=lambda g, loss: 0.0999 * g,  # Adam's first step is 1e-4; this gradient raises the other loss
+        scale=None,  # the weights change by products of gradients
+        keeps=("permutation",),
+        lacks={"gramian": "multiplies the gradients with one of validation data"},
+        optax_inside=True,
+    ),
+    row(
         mtl.hydalearn,
         kwargs={"learning_rate": 1e-2},
         needs=("params", "value_fn"),
