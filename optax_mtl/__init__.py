@@ -27,6 +27,7 @@ from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
 from optax_mtl.methods._nash_mtl import nash_mtl, nash_mtl_weights
 from optax_mtl.methods._ol_aux import ol_aux
+from optax_mtl.methods._pcd import pcd, pcd_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
@@ -72,6 +73,8 @@ __all__ = [
     "nash_mtl",
     "nash_mtl_weights",
     "ol_aux",
+    "pcd",
+    "pcd_weights",
     "pcgrad",
     "pcgrad_weights",
     "per_task",

@@ -219,6 +219,7 @@ CASES = (
             "gramian": "keeps a running mean of gradients",
         },
     ),
+    row(mtl.pcd, kwargs={"tau": 0.1}, keeps=("task-scale",)),
     row(
         mtl.auto_lambda,
         kwargs={"learning_rate": 1e-2, "primary": lambda num_tasks: tuple(range(num_tasks))},

@@ -29,22 +29,19 @@ def grad_cosine_weights(
     """
     primary = primary if present is None else primary & present
     unit, norms = _solvers.cosines(gramian)
-    # The primary gradient is sum_i r_i u_i, at the scale of the longest in it.
-    r = jnp.where(primary, norms, 0)
-    r = r * _solvers.reciprocal(jnp.max(r))
-    square = r @ unit @ r
-    rounding = 4 * len(r) * jnp.finfo(r.dtype).eps * jnp.sum(r) ** 2
-    square = jnp.where(square > rounding, square, 0)  # primary gradients that cancel
-    products = unit @ r
+    # The primary gradient is sum_i r_i u_i, in units of the longest in it.
+    longest = jnp.max(norms, where=primary, initial=0)
+    r = jnp.where(primary, norms, 0) * _solvers.reciprocal(longest)
+    length = _solvers.norm_of(r, unit)
+    cosine = unit @ r * _solvers.reciprocal(length)
 
     if mode == "project":
-        conflict = jnp.where(primary, 0, jnp.minimum(products, 0) * norms)
-        share = _solvers.reciprocal(square * jnp.max(norms, where=primary, initial=0))
-        weights = jnp.where(primary, 1 - share * jnp.sum(conflict), 1)
+        conflict = jnp.where(primary, 0, jnp.minimum(cosine, 0) * norms)
+        weights = jnp.where(primary, 1 - jnp.sum(conflict) * _solvers.reciprocal(longest * length), 1)
+    elif mode == "weighted":
+        weights = jnp.where(primary, 1, jnp.clip(cosine, 0, 1))
     else:
-        cosine = jnp.clip(products * _solvers.reciprocal(jnp.sqrt(square)), -1, 1)
-        gate = jnp.maximum(cosine, 0) if mode == "weighted" else (cosine > 0).astype(r.dtype)
-        weights = jnp.where(primary, 1, gate)
+        weights = jnp.where(primary, 1, (cosine > 0).astype(r.dtype))
     return jnp.where(jnp.any(primary), weights, 0)
 
 
