@@ -11,6 +11,7 @@ from optax_mtl.methods._adaptive_weight_assignment import (
     adaptive_weight_assignment_weights,
 )
 from optax_mtl.methods._auto_lambda import auto_lambda, auto_lambda_meta_grads
+from optax_mtl.methods._auxi_nash import auxi_nash, auxi_nash_preference_grads
 from optax_mtl.methods._bloop import bloop
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
@@ -40,6 +41,8 @@ __all__ = [
     "adaptive_weight_assignment_weights",
     "auto_lambda",
     "auto_lambda_meta_grads",
+    "auxi_nash",
+    "auxi_nash_preference_grads",
     "bloop",
     "cagrad",
     "cagrad_weights",

@@ -231,6 +231,15 @@ CASES = (
         optax_inside=True,
     ),
     row(
+        mtl.auxi_nash,
+        kwargs={"every": 2},
+        needs=("params", "value_fn"),
+        alone=unit_step,
+        scale=0,
+        keeps=("non-conflicting", "task-scale"),
+        lacks={"gramian": "multiplies the gradients with one of validation data"},
+    ),
+    row(
         mtl.hydalearn,
         kwargs={"learning_rate": 1e-2},
         needs=("params", "value_fn"),
