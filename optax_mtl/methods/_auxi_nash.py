@@ -148,7 +148,7 @@ def auxi_nash(
         here: jax.Array,
     ) -> jax.Array:
         """What a unit of each task's weight takes from the primary loss, `(T,)`."""
-        mean_one = weights * _solvers.reciprocal(jnp.mean(weights, where=weights > 0))
+        mean_one = _sum_to(jnp.sum(weights > 0).astype(weights.dtype), weights, weights > 0)
 
         def loss(params: _base.Params, weights: jax.Array) -> jax.Array:
             losses = losses_at(value_fn, params, num_tasks, "auxi_nash")
