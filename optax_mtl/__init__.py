@@ -8,6 +8,9 @@ from optax_mtl._gramian import combine, Gramian, task_gramian
 from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grads
 from optax_mtl.methods._adaptive_weight_assignment import adaptive_weight_assignment, adaptive_weight_assignment_weights
 from optax_mtl.methods._aligned_mtl import aligned_mtl, aligned_mtl_weights
+from optax_mtl.methods._auto_lambda import auto_lambda, auto_lambda_meta_grads
+from optax_mtl.methods._auxi_nash import auxi_nash, auxi_nash_preference_grads
+from optax_mtl.methods._bloop import bloop
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
 from optax_mtl.methods._con_fig import con_fig, con_fig_momentum, con_fig_weights
@@ -22,6 +25,7 @@ from optax_mtl.methods._fairgrad import fairgrad, fairgrad_weights
 from optax_mtl.methods._famo import famo, famo_logit_grads, famo_weights
 from optax_mtl.methods._gls import gls, gls_weights
 from optax_mtl.methods._go4align import go4align, go4align_weights, group_means
+from optax_mtl.methods._grad_cosine import grad_cosine, grad_cosine_weights
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._gradvac import gradvac, gradvac_weights
 from optax_mtl.methods._group_dro import group_dro, group_dro_weights
@@ -37,7 +41,9 @@ from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
 from optax_mtl.methods._nash_mtl import nash_mtl, nash_mtl_weights
+from optax_mtl.methods._ol_aux import ol_aux
 from optax_mtl.methods._pbi import pbi, pbi_weights
+from optax_mtl.methods._pcd import pcd, pcd_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._scale_invariant import scale_invariant, scale_invariant_weights
@@ -56,6 +62,11 @@ __all__ = [
     "adaptive_weight_assignment_weights",
     "aligned_mtl",
     "aligned_mtl_weights",
+    "auto_lambda",
+    "auto_lambda_meta_grads",
+    "auxi_nash",
+    "auxi_nash_preference_grads",
+    "bloop",
     "cagrad",
     "cagrad_weights",
     "cdtt",
@@ -88,6 +99,8 @@ __all__ = [
     "gls_weights",
     "go4align",
     "go4align_weights",
+    "grad_cosine",
+    "grad_cosine_weights",
     "gradnorm",
     "gradnorm_weight_grads",
     "gradvac",
@@ -119,8 +132,11 @@ __all__ = [
     "mgda_weights",
     "nash_mtl",
     "nash_mtl_weights",
+    "ol_aux",
     "pbi",
     "pbi_weights",
+    "pcd",
+    "pcd_weights",
     "pcgrad",
     "pcgrad_weights",
     "per_task",

@@ -5,7 +5,10 @@ Axis 0 of every leaf of `task_grads` is the task axis, of length `num_tasks`; `l
 found, where, and what to write instead.
 """
 
+from collections.abc import Callable, Sequence
+import functools
 import numbers
+import operator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -115,6 +118,15 @@ def check_num_tasks(num_tasks: int) -> int:
 def check_task_index(name: str, index: int, num_tasks: int) -> Any:
     """Returns the task index `index` made non-negative; raises `ValueError` if there is no such task."""
     return check_int(name, index, -num_tasks, num_tasks - 1) % num_tasks
+
+
+def primary_tasks(primary: int | Sequence[int], num_tasks: int) -> jax.Array:
+    """Which tasks `primary` names, `(T,)` of bool; raises `ValueError` if it names none, or one that there is not."""
+    named = primary if isinstance(primary, tuple | list) else (primary,)
+    if not named:
+        raise ValueError("primary must be the index of a task, or a tuple of such, found none.")
+    indices = [check_task_index("primary", each, check_num_tasks(num_tasks)) for each in named]
+    return functools.reduce(operator.or_, [jnp.arange(num_tasks) == index for index in indices])
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -273,6 +285,20 @@ def check_params(params: Params | None, method: str) -> None:
         raise ValueError(
             f"{method} needs the parameters: write\n    updates, opt_state = tx.update(task_grads, opt_state, params)"
         )
+
+
+def check_value_fn(
+    params: Params | None, value_fn: Callable[[Params], Any] | None, method: str
+) -> tuple[Params, Callable[[Params], Any]]:
+    """Returns what a method needs to look at validation losses; raises `ValueError` if it was not given."""
+    if params is None or value_fn is None:
+        raise ValueError(
+            f"{method} looks at the losses of validation data and needs the parameters and these losses as a function "
+            "of them: write\n"
+            "    updates, opt_state = tx.update(task_grads, opt_state, params,\n"
+            "                                   value_fn=lambda params: loss_fn(params, validation_batch))"
+        )
+    return params, value_fn
 
 
 # -- Who takes part --------------------------------------------------------------------------------------------------

@@ -47,6 +47,21 @@ def reciprocal(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
 
 
+def norm_of(coefficients: jax.Array, unit: jax.Array) -> jax.Array:
+    """The norm `()` of a combination of unit gradients with Gramian `unit`; zero where all cancels but for rounding."""
+    square = coefficients @ unit @ coefficients
+    rounding = 4 * len(unit) * jnp.finfo(unit.dtype).eps * jnp.sum(jnp.abs(coefficients)) ** 2
+    return jnp.sqrt(jnp.where(square > rounding, square, 0))
+
+
+def shortened(weights: jax.Array, gramian: jax.Array, max_norm: jax.typing.ArrayLike) -> jax.Array:
+    """The weights, scaled down if the combination that they make is longer than `max_norm`."""
+    unit, norms = cosines(gramian)
+    length = jnp.sqrt(jnp.maximum((weights * norms) @ unit @ (weights * norms), 0))
+    limit = jnp.asarray(max_norm, length.dtype)
+    return weights * jnp.where(length > limit, limit / jnp.where(length > 0, length, 1), 1)
+
+
 def _relative_inverse(norms: jax.Array, allowed: jax.Array) -> jax.Array:
     """The least positive norm over each norm: `1 / n`, but in (0, 1]; zero for tasks that are not allowed or zero."""
     allowed = allowed & (norms > 0)
