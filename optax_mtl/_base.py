@@ -144,8 +144,8 @@ def check_number(name: str, value: Any, low: float, high: float = float("inf")) 
 
 def check_task_vector(name: str, value: Any, num_tasks: int) -> None:
     """Raises `ValueError` unless `value` holds one number a task."""
-    if jnp.shape(value) != (num_tasks,):
-        raise ValueError(f"{name} must hold one number a task, shape ({num_tasks},), found shape {jnp.shape(value)}.")
+    if np.shape(value) != (num_tasks,):
+        raise ValueError(f"{name} must hold one number a task, shape ({num_tasks},), found shape {np.shape(value)}.")
 
 
 def check_preference(preference: Any, num_tasks: int) -> None:
@@ -345,3 +345,23 @@ def as_key(method: str, key: jax.Array | int | None) -> jax.Array:
         raise ValueError(f"{method} is random: give it a key or a seed, {method}(num_tasks, key=0).")
     is_seed = jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer)
     return jax.random.key(key) if is_seed else jnp.asarray(key)
+
+
+def draw_orders(order: str, key: jax.Array | None, num_tasks: int) -> tuple[jax.Array, jax.Array | None]:
+    """In which order each task visits the tasks, in methods that go from one to another.
+
+    Args:
+      order: `"per_task"`, an independent random order for each task; or `"shared"`, one for all.
+      key: random key; None for the fixed order `0, 1, ...`.
+      num_tasks: `T`.
+
+    Returns:
+      `(orders, key)`: `(T, T)` of int, a row a task, and the key of the next step.
+    """
+    orders = jnp.broadcast_to(jnp.arange(num_tasks), (num_tasks, num_tasks))
+    if key is None:
+        return orders, None
+    key, now = jax.random.split(key)
+    if order == "shared":
+        return jnp.broadcast_to(jax.random.permutation(now, num_tasks), orders.shape), key
+    return jax.random.permutation(now, orders, axis=1, independent=True), key

@@ -312,6 +312,57 @@ def worst_case_in_ball(gramian: jax.Array, centre: jax.Array, radius: jax.Array,
     return size * u * reciprocal(norms), jnp.where(jnp.any(allowed), residual, 0)
 
 
+def spectrum(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Eigenvalues and eigenvectors of a Gramian, and its rank.
+
+    Args:
+      matrix: `(T, T)`, positive semi-definite.
+
+    Returns:
+      `(values, basis, kept)`: `(T,)`, ascending; `(T, T)`, in columns; and `(T,)` of bool, which eigenvalues are not
+      zero but for rounding: those above the largest times the number of non-zero rows times the dtype's epsilon.
+    """
+    values, basis = jnp.linalg.eigh(matrix)
+    rows = jnp.sum(jnp.diagonal(matrix) > 0).astype(values.dtype)
+    return values, basis, values > rows * jnp.finfo(values.dtype).eps * values[-1]
+
+
+def pseudo_solve(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """The least-squares solution of least norm, `A^+ b`, for a positive semi-definite `A`.
+
+    Args:
+      matrix: `(T, T)`, `A`; eigenvalues that are zero but for rounding (see `spectrum`) count as zero.
+      vector: `(T,)`, `b`; so do its parts along an eigenvector.
+
+    Returns:
+      `(T,)`.
+    """
+    values, basis, kept = spectrum(matrix)
+    parts = vector @ basis
+    kept &= jnp.abs(parts) > len(vector) * jnp.finfo(parts.dtype).eps * jnp.max(jnp.abs(vector))
+    return basis @ jnp.where(kept, parts / jnp.where(kept, values, 1), 0)
+
+
+def impartial_weights(gramian: jax.Array, factors: jax.Array) -> jax.Array:
+    """Weights of the combination of the gradients that has equal inner products with all of them at unit length.
+
+    The weights `w` of `G^T w` solve `C (n w) = 1`, in the least-squares sense, up to a factor.
+
+    Args:
+      gramian: `(T, T)`; tasks with zero rows get weight zero.
+      factors: `(T,)`, positive.
+
+    Returns:
+      `(T,)`, such that `sum(w / factors)` is one; all zero if that sum is zero but for rounding.
+    """
+    unit, norms = cosines(gramian)
+    weights = pseudo_solve(unit, jnp.ones_like(norms)) * _relative_inverse(norms, norms > 0)
+    terms = weights / factors
+    total, size = jnp.sum(terms), jnp.sum(jnp.abs(terms))
+    regular = jnp.abs(total) > 64 * len(norms) * jnp.finfo(norms.dtype).eps * size
+    return jnp.where(regular, weights / jnp.where(regular, total, 1), 0)
+
+
 class _Iterate(NamedTuple):
     """Where an active set stands: a point `x >= 0`, zero outside its support."""
 

@@ -191,6 +191,27 @@ CASES = (
         alone=lambda g, loss: g / loss,
         keeps=("permutation", "linear"),
     ),
+    row(mtl.famo, needs=("positive losses",), keeps=("permutation", "simplex"), optax_inside=True),
+    row(
+        mtl.go4align,
+        static=("num_groups",),
+        needs=("positive losses",),
+        keeps=("permutation",),
+    ),
+    row(mtl.stch, kwargs={"mu": 0.5}, needs=("losses",), keeps=("permutation",)),
+    row(
+        mtl.stch,
+        "log",
+        kwargs={"mu": 0.5, "form": "log", "steps_per_epoch": 1, "warmup_epochs": 1},
+        static=("steps_per_epoch", "warmup_epochs"),
+        needs=("positive losses",),
+        alone=lambda g, loss: g / loss,
+        keeps=("permutation",),
+    ),
+    row(mtl.group_dro, kwargs={"step_size": 0.5}, needs=("losses",), keeps=("permutation", "simplex")),
+    row(mtl.cosmos, needs=("losses",), keeps=("permutation",)),
+    row(mtl.pbi, needs=("losses",), keeps=("permutation",)),
+    row(mtl.ldc_mtl, needs=("positive losses",), optax_inside=True),
     # -- Weightings from the Gramian ---------------------------------------------------------------------------------
     row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
     row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
@@ -248,6 +269,29 @@ CASES = (
         kwargs={"window": 1, "tension": "relative", "passes": 2},
         static=("window",),
         needs=("positive losses",),
+    ),
+    row(mtl.gradvac, kwargs={"key": 0, "beta": 0.3}),
+    row(
+        mtl.gradvac,
+        "leaf",
+        kwargs={"key": 0, "granularity": "leaf", "order": "shared"},
+        lacks={"weights": "every leaf has its own", "leaves": "weights differ from leaf to leaf"},
+    ),
+    row(mtl.imtl_g, keeps=("permutation", "task-scale")),  # with a negative weight, rescaling may turn it round
+    row(mtl.imtl, needs=("losses",), keeps=("permutation",), optax_inside=True),
+    row(mtl.aligned_mtl, keeps=("permutation",)),
+    row(mtl.con_fig, keeps=("permutation", "task-scale", "linear")),
+    row(
+        mtl.con_fig_momentum,
+        alone=adam_step,
+        scale=None,  # Adam's epsilon is absolute
+        keeps=("permutation",),
+        lacks={"weights": "preconditions what it has mixed", "gramian": "needs the gradients"},
+    ),
+    row(
+        mtl.krum,
+        kwargs={"n_selected": lambda num_tasks: min(2, num_tasks)},
+        keeps=("permutation", "simplex"),
     ),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
@@ -308,6 +352,8 @@ CASES = (
         needs=("losses",),
     ),
     # -- Mixers and wrappers -----------------------------------------------------------------------------------------
+    row(mtl.cr_mogm, kwargs={"inner": mtl.mgda}, keeps=("permutation",)),
+    row(mtl.update_every, kwargs={"inner": mtl.mgda, "every": 2}, keeps=("permutation", "simplex")),
     row(
         mtl.scale_by_mao,
         alone=adam_step,

@@ -281,14 +281,15 @@ def test_what_is_needed_is_asked_for(needed):
 def test_a_negative_loss_is_refused_where_known_and_harmless_inside_jit(case):
     tx, _ = program(case)
     params, task_grads = problems.params(), problems.tree_of(problems.gradients())
-    with pytest.raises(ValueError, match=r"not negative, but losses\[1\] = -0.5"):
-        tx.update(task_grads, tx.init(params), params, losses=jnp.array([1.0, -0.5, 2.0]))
-    for harmless in ([1.0, -jnp.inf, 2.0], [1.0, jnp.nan, 2.0]):
-        tx.update(task_grads, tx.init(params), params, losses=jnp.array(harmless))
-    masked = {"losses": jnp.array([1.0, -0.5, 2.0]), "task_mask": jnp.array([True, False, True])}
-    tx.update(task_grads, tx.init(params), params, **masked)
-    known_in_jit = jax.jit(lambda g: tx.update(g, tx.init(params), params, losses=jnp.ones(T))[0])
-    chex.assert_tree_all_finite(known_in_jit(task_grads))
+    with context(case):
+        with pytest.raises(ValueError, match=r"not negative, but losses\[1\] = -0.5"):
+            tx.update(task_grads, tx.init(params), params, losses=jnp.array([1.0, -0.5, 2.0]))
+        for harmless in ([1.0, -jnp.inf, 2.0], [1.0, jnp.nan, 2.0]):
+            tx.update(task_grads, tx.init(params), params, losses=jnp.array(harmless))
+        masked = {"losses": jnp.array([1.0, -0.5, 2.0]), "task_mask": jnp.array([True, False, True])}
+        tx.update(task_grads, tx.init(params), params, **masked)
+        known_in_jit = jax.jit(lambda g: tx.update(g, tx.init(params), params, losses=jnp.ones(T))[0])
+        chex.assert_tree_all_finite(known_in_jit(task_grads))
     updates, _ = run(case, [problems.gradients(seed=k) for k in range(4)], losses=[[1.0, -0.5, 0.0]] * 4)
     assert np.isfinite(updates).all()
 
@@ -309,7 +310,8 @@ def test_a_gramian_is_a_valid_update(case):
         np.testing.assert_array_equal(np.asarray(weights, np.float64), weights_of(state))
         with pytest.raises(ValueError, match="Gramian has shape"):
             tx.update(mtl.Gramian(jnp.eye(T + 1)), state, params, losses=losses)
-    np.testing.assert_allclose(weights_of(state), weights_of(expected), rtol=1e-4, atol=1e-5)
+    if "leaves" not in case.lacks:  # leaf by leaf, a Gramian of them all is something else
+        np.testing.assert_allclose(weights_of(state), weights_of(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", [case for case in cases.CASES if "gramian" in case.lacks], ids=str)
