@@ -67,7 +67,7 @@ def test_an_enemy_ends_at_zero_unless_told_otherwise():
 
 
 def test_an_absent_task_counts_its_own_steps():
-    """With an every of two, the task that missed the second step learns in the third; without a primary, none do."""
+    """Weights change after two steps: of the task that missed the second, in a later one; without a primary, none."""
     matrices = np.stack([problems.gradients(seed=k) for k in range(4)])
     masks = np.array([[1, 1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 1]], bool)
     updates, states = run(mtl.ol_aux(3, every=2, optimizer=optax.sgd(0.1)), matrices, masks)
