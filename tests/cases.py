@@ -300,7 +300,7 @@ CASES = (
     row(mtl.grad_cosine, "project", kwargs={"mode": "project", "primary": lambda num_tasks: (0, num_tasks - 1)}),
     row(
         mtl.ol_aux,
-        kwargs={"interval": 2, "optimizer": optax.sgd(0.1)},
+        kwargs={"every": 2, "optimizer": optax.sgd(0.1)},
         scale=None,  # the weights change by the gradients' products
     ),
     row(

@@ -34,7 +34,7 @@ def ol_aux(
     num_tasks: int,
     *,
     primary: int | Sequence[int] = 0,
-    interval: int = 5,
+    every: int = 5,
     optimizer: optax.GradientTransformation | None = None,
     init: _base.Scalar = 1.0,
     nonnegative: bool = True,
@@ -55,7 +55,7 @@ def ol_aux(
     Args:
       num_tasks: number of tasks `T`.
       primary: index of the primary task, or a tuple of several, whose gradients are summed.
-      interval: `N`, steps between changes of the weights.
+      every: `N`, steps between changes of the weights.
       optimizer: of the weights, given minus the sum above as gradient; `optax.sgd(5e-3)` if None. The steps grow with
         the square of the gradients: choose the rate for yours, or `optax.adam(1e-2)`, to which it is all one.
       init: first value of the weights.
@@ -66,7 +66,7 @@ def ol_aux(
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_mtl as mtl
-      >>> tx = mtl.ol_aux(num_tasks=3, interval=1, optimizer=optax.sgd(0.1))
+      >>> tx = mtl.ol_aux(num_tasks=3, every=1, optimizer=optax.sgd(0.1))
       >>> task_grads = jnp.array([[1.0, 0.0], [2.0, 1.0], [-3.0, 1.0]])  # a helper and an enemy of the first task
       >>> state = tx.init(jnp.zeros(2))
       >>> for _ in range(2):
@@ -86,7 +86,7 @@ def ol_aux(
       before it multiplies them; here both are taken as they come. No weight goes beyond 1e6 in size.
     """
     is_primary = _base.primary_tasks(primary, num_tasks)
-    _base.check_int("interval", interval, 1)
+    _base.check_int("every", every, 1)
     inner = optax.sgd(5e-3) if optimizer is None else optimizer
 
     def init_fn(dtype: jnp.dtype, params: _base.Params) -> OLAuxState:
@@ -104,7 +104,7 @@ def ol_aux(
         products = jnp.where(counts, gramian @ here.astype(gramian.dtype), 0)
         products = jnp.clip(state.products.astype(gramian.dtype) + products, -_LARGEST_SUM, _LARGEST_SUM)
         steps = state.steps + counts.astype(jnp.int32)
-        due = counts & (steps >= interval)
+        due = counts & (steps >= every)
         learned = learn_scalars(inner, state.weights, -products, due)
         value = jnp.clip(learned.value, 0 if nonnegative else -_LARGEST_WEIGHT, _LARGEST_WEIGHT)
         learned = learned._replace(value=value)

@@ -26,7 +26,7 @@ def run(tx, matrices, masks=None):
 @pytest.mark.parametrize("primary", [1, (0, 2)], ids=str)
 def test_against_the_paper_over_steps(primary):
     """Weights of 1 for five steps, then the sum of the products, times the rate, and so on."""
-    rate, interval = 0.03, 5
+    rate, every = 0.03, 5
     main = [primary] if isinstance(primary, int) else list(primary)
     helpers = [i for i in range(4) if i not in main]
     matrices = np.stack([problems.gradients(num_tasks=4, seed=k) for k in range(12)])
@@ -34,9 +34,9 @@ def test_against_the_paper_over_steps(primary):
     for k, matrix in enumerate(matrices):
         expected.append(weights @ matrix)
         total[helpers] += matrix[helpers] @ matrix[main].sum(0)
-        if (k + 1) % interval == 0:
+        if (k + 1) % every == 0:
             weights, total = weights + rate * total, np.zeros(4)
-    tx = mtl.ol_aux(4, primary=primary, interval=interval, optimizer=optax.sgd(rate), nonnegative=False)
+    tx = mtl.ol_aux(4, primary=primary, every=every, optimizer=optax.sgd(rate), nonnegative=False)
     updates, _ = run(tx, matrices)
     np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-5)
 
@@ -51,7 +51,7 @@ def test_a_step_lowers_the_primary_loss_as_it_should():
         return value_fn(jax.tree.map(lambda p, d: p - eta * d, params, step))[0]
 
     by_autodiff = -jax.grad(primary_loss_after_a_step)(jnp.ones(3)) / eta
-    tx = mtl.ol_aux(3, interval=1, optimizer=optax.sgd(1e-3))
+    tx = mtl.ol_aux(3, every=1, optimizer=optax.sgd(1e-3))
     _, state = tx.update(task_grads, tx.init(params))
     learned = (np.asarray(state.method.weights.value) - 1) / 1e-3
     np.testing.assert_allclose(learned[1:], by_autodiff[1:], rtol=1e-3)
@@ -61,16 +61,16 @@ def test_a_step_lowers_the_primary_loss_as_it_should():
 def test_an_enemy_ends_at_zero_unless_told_otherwise():
     matrix = problems.gradients("opposite")
     for nonnegative, sign in ((True, 0), (False, -1)):
-        tx = mtl.ol_aux(3, interval=1, optimizer=optax.sgd(10.0), nonnegative=nonnegative)
+        tx = mtl.ol_aux(3, every=1, optimizer=optax.sgd(10.0), nonnegative=nonnegative)
         _, states = run(tx, [matrix] * 2)
         assert np.sign(optax.tree.get(states[-1], "task_weights")[2]) == sign
 
 
 def test_an_absent_task_counts_its_own_steps():
-    """With an interval of two, the task that missed the second step learns in the third; without a primary, none do."""
+    """Weights change after two steps: of the task that missed the second, in a later one; without a primary, none."""
     matrices = np.stack([problems.gradients(seed=k) for k in range(4)])
     masks = np.array([[1, 1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 1]], bool)
-    updates, states = run(mtl.ol_aux(3, interval=2, optimizer=optax.sgd(0.1)), matrices, masks)
+    updates, states = run(mtl.ol_aux(3, every=2, optimizer=optax.sgd(0.1)), matrices, masks)
     np.testing.assert_array_equal(
         [state.method.steps for state in states], [[0, 1, 1], [0, 1, 0], [0, 1, 0], [0, 0, 1]]
     )
@@ -81,7 +81,7 @@ def test_an_absent_task_counts_its_own_steps():
 
 
 def test_huge_gradients_leave_everything_finite():
-    tx = mtl.ol_aux(3, interval=1, optimizer=optax.adam(1e-2))
+    tx = mtl.ol_aux(3, every=1, optimizer=optax.adam(1e-2))
     with problems.relaxed_promotion():
         updates, states = run(tx, 1e17 * np.stack([problems.gradients(seed=k) for k in range(3)]))
     assert np.isfinite(updates).all()
