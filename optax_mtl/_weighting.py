@@ -1,6 +1,7 @@
 """From a rule for the weights to an Optax transformation: contract, Gramian, absentees, combination, state."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -82,15 +83,20 @@ def weighting(
         if losses is not None:
             losses = jnp.where(present, jnp.asarray(losses, gramian.dtype), 1)
 
-        weights, method_state = rule(
-            gramian,
-            state.method,
-            present=present,
-            losses=losses,
-            params=params,
-            task_grads=updates,
-            **extra_args,
-        )
+        # A TPU, or a GPU with TF32, keeps a few digits of a float32 product only, unless it is asked for all: for the
+        # rule it is, and the user's own function stays at the user's precision.
+        if callable(extra_args.get("value_fn")):
+            extra_args["value_fn"] = _at_present_precision(extra_args["value_fn"])
+        with jax.default_matmul_precision("highest"):
+            weights, method_state = rule(
+                gramian,
+                state.method,
+                present=present,
+                losses=losses,
+                params=params,
+                task_grads=updates,
+                **extra_args,
+            )
         weights = jnp.where(present, weights, 0)
         return (
             _gramian.combine(weights, updates),
@@ -98,6 +104,18 @@ def weighting(
         )
 
     return Weighting(init_fn, update_fn)
+
+
+def _at_present_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run at the matrix precision that is the default now, wherever it is called."""
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with jax.default_matmul_precision(precision):
+            return function(*args)
+
+    return run
 
 
 def check_weighting(inner: Any, method: str) -> Weighting:
