@@ -476,3 +476,24 @@ def _solve_on(support: jax.Array, matrix: jax.Array, *vectors: jax.Array) -> lis
     x = jax.scipy.linalg.lu_solve(factors, right)
     x = x + jax.scipy.linalg.lu_solve(factors, right - kept @ x)
     return list(jnp.where(support[:, None], x, 0).T)
+
+
+def project_onto_simplex(point: jax.Array, allowed: jax.Array) -> jax.Array:
+    """The nearest point of the simplex.
+
+    Args:
+      point: `(T,)`; infinite entries, from an overflow, are taken for very large ones.
+      allowed: `(T,)` of bool; the others get weight zero.
+
+    Returns:
+      `(T,)`, non-negative, summing to one; all zero if no entry is allowed.
+    """
+    largest = jnp.finfo(point.dtype).max / 2
+    point = jnp.clip(point, -largest, largest)
+    # The threshold lies less than one below the largest entry. What is lower, and what is not allowed, ends at zero.
+    point = point - jnp.max(point, where=allowed, initial=-largest)
+    point = jnp.where(allowed, jnp.maximum(point, -1), -1)
+    descending = jnp.sort(point)[::-1]
+    ranks = jnp.arange(1, len(point) + 1).astype(point.dtype)
+    threshold = jnp.max((jnp.cumsum(descending) - 1) / ranks)
+    return jnp.where(allowed, jnp.maximum(point - threshold, 0), 0)
