@@ -1,5 +1,6 @@
-"""What several methods remember of each task: epoch means of its loss, and a learned scalar of its own."""
+"""What several methods remember of each task: epoch means of its loss, a share, a learned scalar of its own."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +57,25 @@ def add_to_epoch(state: EpochMeans, losses: jax.Array, present: jax.Array, steps
     )
 
 
+_LEAST_LOG_SHARE = -1e4  # zero in any dtype, and yet a number
+
+
+def init_log_shares(num_tasks: int, dtype: jnp.dtype) -> jax.Array:
+    """Logarithms `(T,)` of equal shares."""
+    return jnp.full(num_tasks, -math.log(num_tasks), dtype)
+
+
+def multiply_shares(log_shares: jax.Array, exponents: jax.Array, present: jax.Array) -> jax.Array:
+    """Multiplies each share by the exponential of `exponents` `(T,)`, and normalises.
+
+    The tasks that are present redistribute what they hold together, so that an absent one keeps its share.
+    """
+    held = jax.nn.logsumexp(log_shares, where=present)
+    changed = log_shares + exponents.astype(log_shares.dtype)
+    changed = jax.nn.log_softmax(changed, where=present | ~jnp.any(present)) + held
+    return _base.where_present(present, jnp.maximum(changed, _LEAST_LOG_SHARE), log_shares)
+
+
 class LearnedScalars(NamedTuple):
     """One learned scalar a task.
 
@@ -80,6 +100,7 @@ def learn_scalars(
     present: jax.Array,
 ) -> LearnedScalars:
     """One optimiser step for each task that is present, `grads` `(T,)` being the gradient for its scalar."""
+    grads = jnp.clip(grads, -1e15, 1e15)  # so that their squares, in Adam say, are finite
     updates: Any
     updates, states = jax.vmap(optimizer.update)(grads.astype(scalars.value.dtype), scalars.optimizer, scalars.value)
     return _base.where_present(present, LearnedScalars(scalars.value + updates, states), scalars)
@@ -91,12 +112,15 @@ def learn_log_variances(
     weights: jax.Array,
     losses: jax.Array,
     present: jax.Array,
+    penalty_slope: jax.Array | float = 0.5,
 ) -> LearnedScalars:
     """One step on `sum_i w_i L_i + s_i / 2` with respect to the log-variances `s`, where `w_i` is `a_i exp(-s_i)`.
 
+    For another penalty than `s_i / 2`, `penalty_slope` is its derivative, `(T,)`.
+
     They are kept in [-60, 60], so that a loss of zero, for which there is no optimum, does not end in NaN.
     """
-    learned = learn_scalars(optimizer, log_variances, 0.5 - weights * losses, present)
+    learned = learn_scalars(optimizer, log_variances, penalty_slope - weights * losses, present)
     return learned._replace(value=jnp.clip(learned.value, -60, 60))
 
 

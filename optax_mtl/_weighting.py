@@ -1,6 +1,7 @@
 """From a rule for the weights to an Optax transformation: contract, Gramian, absentees, combination, state."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,10 @@ from optax_mtl import _base, _gramian
 Rule = Callable[..., tuple[jax.Array, Any]]
 
 
+class Weighting(optax.GradientTransformationExtraArgs):
+    """A transformation whose update is the weighted sum its `task_weights` tell: what wrappers around weights take."""
+
+
 def weighting(
     name: str,
     num_tasks: int,
@@ -22,7 +27,7 @@ def weighting(
     needs_gramian: bool = True,
     needs_losses: bool = False,
     positive_losses: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> Weighting:
     """The transformation whose update is `sum_i w_i g_i`, with `w` from `rule`.
 
     Every weighting is one call of this function. What is the same for all stands here, once: the shape contract, the
@@ -43,7 +48,7 @@ def weighting(
       positive_losses: whether the rule is for losses that are not negative (it takes their logarithm, say).
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with a `BalanceState`.
+      An `optax.GradientTransformationExtraArgs`, marked as a `Weighting`, with a `BalanceState`.
     """
     num_tasks = _base.check_num_tasks(num_tasks)
 
@@ -78,22 +83,62 @@ def weighting(
         if losses is not None:
             losses = jnp.where(present, jnp.asarray(losses, gramian.dtype), 1)
 
-        weights, method_state = rule(
-            gramian,
-            state.method,
-            present=present,
-            losses=losses,
-            params=params,
-            task_grads=updates,
-            **extra_args,
-        )
+        # A TPU, or a GPU with TF32, keeps a few digits of a float32 product only, unless it is asked for all: for the
+        # rule it is, and the user's own function stays at the user's precision.
+        if callable(extra_args.get("value_fn")):
+            extra_args["value_fn"] = _at_present_precision(extra_args["value_fn"])
+        with jax.default_matmul_precision("highest"):
+            weights, method_state = rule(
+                gramian,
+                state.method,
+                present=present,
+                losses=losses,
+                params=params,
+                task_grads=updates,
+                **extra_args,
+            )
         weights = jnp.where(present, weights, 0)
         return (
             _gramian.combine(weights, updates),
             _base.next_balance_state(state, weights, present, nonfinite, method_state),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Weighting(init_fn, update_fn)
+
+
+def _at_present_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run at the matrix precision that is the default now, wherever it is called."""
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with jax.default_matmul_precision(precision):
+            return function(*args)
+
+    return run
+
+
+def check_weighting(inner: Any, method: str) -> Weighting:
+    """Returns `inner`, which `method` wraps, if it is a `Weighting`; raises `ValueError` otherwise."""
+    if not isinstance(inner, Weighting):
+        raise ValueError(
+            f"{method} acts on the weights of its inner method, and this one has none, or is wrapped itself: found "
+            f"{inner!r}. Give it a weighting as it is, {method}(num_tasks, optax_mtl.mgda(num_tasks)); put chains, "
+            "per_task, shared_and_heads and optax.inject_hyperparams around the whole. (Methods that mix elementwise, "
+            "like scale_by_mao, have no weights.)"
+        )
+    return inner
+
+
+def init_inner(inner: Weighting, params: _base.Params, num_tasks: int, method: str) -> _base.BalanceState:
+    """The first state of `inner`, which `method` wraps; raises `ValueError` if it is for another number of tasks."""
+    state: Any = inner.init(params)
+    if state.task_weights.shape != (num_tasks,):
+        raise ValueError(
+            f"{method} was built with num_tasks={num_tasks}, and its inner method with {state.task_weights.shape[0]}. "
+            "Give both the same."
+        )
+    return state
 
 
 def stochastic_weighting(

@@ -74,6 +74,10 @@ def leaf_rms_step(g, loss):
     return np.concatenate([leaf / np.sqrt(np.mean(leaf**2)) for leaf in leaves])
 
 
+def unit_step(g, loss):
+    return g / np.linalg.norm(g)
+
+
 RANDOM = {"absent": "other draws for another number of tasks", "precision": "other draws in another dtype"}
 TRACKED = {"weights": "weights the tracked gradients", "gramian": "needs the gradients"}
 MIXER = {"weights": "mixes elementwise: there is no weight vector", "gramian": "needs the gradients"}
@@ -108,6 +112,31 @@ CASES = (
         keeps=("permutation",),
     ),
     row(
+        mtl.uncertainty,
+        "reu",
+        kwargs={"variant": "reu", "optimizer": optax.sgd(0.1)},
+        needs=("losses",),
+        alone=lambda g, loss: g / 2,
+        keeps=("permutation", "linear"),
+    ),
+    row(mtl.gls, needs=("positive losses",), keeps=("permutation", "linear")),
+    row(
+        mtl.scale_invariant,
+        needs=("positive losses",),
+        alone=lambda g, loss: g / loss,
+        keeps=("permutation", "linear"),
+    ),
+    row(
+        mtl.scale_invariant,
+        "log1p",
+        kwargs={"mode": "log1p", "preference": lambda num_tasks: 2.0 * jnp.ones(num_tasks)},
+        needs=("positive losses",),
+        alone=lambda g, loss: 2 * g / (1 + loss),
+        keeps=("permutation", "linear"),
+    ),
+    row(mtl.uw_o, needs=("positive losses",), keeps=("permutation", "linear", "simplex")),
+    row(mtl.uw_so, needs=("positive losses",), keeps=("permutation", "linear", "simplex")),
+    row(
         mtl.dwa,
         kwargs={"steps_per_epoch": 1},
         static=("steps_per_epoch",),
@@ -141,6 +170,49 @@ CASES = (
     ),
     # -- Loss weightings that learn or remember ----------------------------------------------------------------------
     row(mtl.gradnorm, needs=("losses",), keeps=("permutation", "sum"), optax_inside=True),
+    row(
+        mtl.imtl_l,
+        kwargs={"optimizer": optax.sgd(0.1)},
+        needs=("losses",),
+        keeps=("permutation", "linear"),
+    ),
+    row(
+        mtl.dtp,
+        needs=("kpis",),
+        alone=lambda g, loss: (1 - np.exp(-loss)) * loss * g,
+        keeps=("permutation", "linear"),
+    ),
+    row(mtl.cov_weighting, needs=("positive losses",), keeps=("permutation", "linear", "simplex")),
+    row(mtl.slaw, needs=("losses",), keeps=("permutation", "linear", "sum")),
+    row(
+        mtl.igb,
+        kwargs={"steps_per_epoch": 1},
+        static=("steps_per_epoch",),
+        needs=("positive losses",),
+        alone=lambda g, loss: g / loss,
+        keeps=("permutation", "linear"),
+    ),
+    row(mtl.famo, needs=("positive losses",), keeps=("permutation", "simplex"), optax_inside=True),
+    row(
+        mtl.go4align,
+        static=("num_groups",),
+        needs=("positive losses",),
+        keeps=("permutation",),
+    ),
+    row(mtl.stch, kwargs={"mu": 0.5}, needs=("losses",), keeps=("permutation",)),
+    row(
+        mtl.stch,
+        "log",
+        kwargs={"mu": 0.5, "form": "log", "steps_per_epoch": 1, "warmup_epochs": 1},
+        static=("steps_per_epoch", "warmup_epochs"),
+        needs=("positive losses",),
+        alone=lambda g, loss: g / loss,
+        keeps=("permutation",),
+    ),
+    row(mtl.group_dro, kwargs={"step_size": 0.5}, needs=("losses",), keeps=("permutation", "simplex")),
+    row(mtl.cosmos, needs=("losses",), keeps=("permutation",)),
+    row(mtl.pbi, needs=("losses",), keeps=("permutation",)),
+    row(mtl.ldc_mtl, needs=("positive losses",), optax_inside=True),
     # -- Weightings from the Gramian ---------------------------------------------------------------------------------
     row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
     row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
@@ -163,6 +235,28 @@ CASES = (
         keeps=("permutation", "non-conflicting", "stationary"),
     ),
     row(mtl.edm, keeps=("permutation", "non-conflicting", "task-scale", "simplex", "stationary")),
+    row(mtl.dual_proj, keeps=("permutation", "non-conflicting", "stationary")),
+    row(mtl.upgrad, keeps=("permutation", "non-conflicting", "linear", "stationary")),
+    row(
+        mtl.nash_mtl,
+        alone=unit_step,
+        scale=0,
+        keeps=("permutation", "non-conflicting", "task-scale"),
+    ),
+    row(
+        mtl.nash_mtl,
+        "preference",
+        kwargs={"preference": lambda num_tasks: 2.0 * jnp.ones(num_tasks), "max_norm": None},
+        alone=lambda g, loss: np.sqrt(2) * unit_step(g, loss),
+        scale=0,
+        keeps=("permutation",),
+    ),
+    row(
+        mtl.fairgrad,
+        alone=lambda g, loss: np.linalg.norm(g) ** (-4 / 3) * g,
+        scale=-1 / 3,
+        keeps=("permutation", "non-conflicting"),
+    ),
     row(
         mtl.db_mtl,
         kwargs={"beta_sigma": 0.5},
@@ -215,6 +309,29 @@ CASES = (
         static=("window",),
         needs=("positive losses",),
     ),
+    row(mtl.gradvac, kwargs={"key": 0, "beta": 0.3}),
+    row(
+        mtl.gradvac,
+        "leaf",
+        kwargs={"key": 0, "granularity": "leaf", "order": "shared"},
+        lacks={"weights": "every leaf has its own", "leaves": "weights differ from leaf to leaf"},
+    ),
+    row(mtl.imtl_g, keeps=("permutation", "task-scale")),  # with a negative weight, rescaling may turn it round
+    row(mtl.imtl, needs=("losses",), keeps=("permutation",), optax_inside=True),
+    row(mtl.aligned_mtl, keeps=("permutation",)),
+    row(mtl.con_fig, keeps=("permutation", "task-scale", "linear")),
+    row(
+        mtl.con_fig_momentum,
+        alone=adam_step,
+        scale=None,  # Adam's epsilon is absolute
+        keeps=("permutation",),
+        lacks={"weights": "preconditions what it has mixed", "gramian": "needs the gradients"},
+    ),
+    row(
+        mtl.krum,
+        kwargs={"n_selected": lambda num_tasks: min(2, num_tasks)},
+        keeps=("permutation", "simplex"),
+    ),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
     row(mtl.sdmgrad, kwargs={"inner_learning_rate": 0.5}, keeps=("permutation", "simplex")),  # at 10 it is chaotic
     row(mtl.modo, keeps=("permutation", "simplex"), scale=None),  # the weights' step is absolute
@@ -237,6 +354,41 @@ CASES = (
         lacks=TRACKED,
     ),
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
+    row(mtl.grad_cosine),
+    row(mtl.grad_cosine, "weighted", kwargs={"mode": "weighted", "primary": -1}),
+    row(mtl.grad_cosine, "project", kwargs={"mode": "project", "primary": lambda num_tasks: (0, num_tasks - 1)}),
+    row(
+        mtl.ol_aux,
+        kwargs={"every": 2, "optimizer": optax.sgd(0.1)},
+        scale=None,  # the weights change by the gradients' products
+    ),
+    row(
+        mtl.bloop,
+        lacks={
+            "weights": "takes a multiple of the primary's running mean out of the weighted sum",
+            "gramian": "keeps a running mean of gradients",
+        },
+    ),
+    row(mtl.pcd, kwargs={"tau": 0.1}, keeps=("task-scale",)),
+    row(
+        mtl.auto_lambda,
+        kwargs={"learning_rate": 1e-2, "primary": lambda num_tasks: tuple(range(num_tasks))},
+        needs=("params", "value_fn"),
+        alone=lambda g, loss: 0.0999 * g,  # Adam's first step is 1e-4; this gradient raises the other loss
+        scale=None,  # the weights change by products of gradients
+        keeps=("permutation",),
+        lacks={"gramian": "multiplies the gradients with one of validation data"},
+        optax_inside=True,
+    ),
+    row(
+        mtl.auxi_nash,
+        kwargs={"every": 2},
+        needs=("params", "value_fn"),
+        alone=unit_step,
+        scale=0,
+        keeps=("non-conflicting", "task-scale"),
+        lacks={"gramian": "multiplies the gradients with one of validation data"},
+    ),
     row(
         mtl.hydalearn,
         kwargs={"learning_rate": 1e-2},
@@ -259,6 +411,8 @@ CASES = (
         needs=("losses",),
     ),
     # -- Mixers and wrappers -----------------------------------------------------------------------------------------
+    row(mtl.cr_mogm, kwargs={"inner": mtl.mgda}, keeps=("permutation",)),
+    row(mtl.update_every, kwargs={"inner": mtl.mgda, "every": 2}, keeps=("permutation", "simplex")),
     row(
         mtl.graddrop,
         kwargs={"key": 0, "leak": 0.25},

@@ -150,6 +150,34 @@ def test_one_trace_and_the_same_in_scan(case):
 
 
 @every_case()
+def test_products_are_taken_in_full_precision(case):
+    """A TPU multiplies float32 matrices with eight bits unless it is asked for all: so it is, in every product."""
+    tx = case.make(T)
+    params, task_grads = problems.params(), problems.tree_of(problems.gradients())
+    losses = jnp.asarray(problems.losses(), jnp.float32)
+
+    def step(task_grads, state):
+        extra_args = problems.extra_args(losses) | {"value_fn": problems.value_fn(T)}
+        return tx.update(task_grads, state, params, losses=losses, **extra_args)
+
+    with context(case):
+        jaxpr = jax.make_jaxpr(step)(task_grads, tx.init(params)).jaxpr
+    for product in equations(jaxpr, "dot_general"):
+        assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2, product
+
+
+def equations(jaxpr, primitive):
+    """All equations of a primitive, in the sub-programs too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == primitive:
+            yield equation
+        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner, primitive)
+
+
+@every_case()
 def test_vmap_over_seeds(case):
     tx, step = program(case)
     matrices = np.stack([problems.gradients(seed=k) for k in range(2)])
@@ -281,14 +309,15 @@ def test_what_is_needed_is_asked_for(needed):
 def test_a_negative_loss_is_refused_where_known_and_harmless_inside_jit(case):
     tx, _ = program(case)
     params, task_grads = problems.params(), problems.tree_of(problems.gradients())
-    with pytest.raises(ValueError, match=r"not negative, but losses\[1\] = -0.5"):
-        tx.update(task_grads, tx.init(params), params, losses=jnp.array([1.0, -0.5, 2.0]))
-    for harmless in ([1.0, -jnp.inf, 2.0], [1.0, jnp.nan, 2.0]):
-        tx.update(task_grads, tx.init(params), params, losses=jnp.array(harmless))
-    masked = {"losses": jnp.array([1.0, -0.5, 2.0]), "task_mask": jnp.array([True, False, True])}
-    tx.update(task_grads, tx.init(params), params, **masked)
-    known_in_jit = jax.jit(lambda g: tx.update(g, tx.init(params), params, losses=jnp.ones(T))[0])
-    chex.assert_tree_all_finite(known_in_jit(task_grads))
+    with context(case):
+        with pytest.raises(ValueError, match=r"not negative, but losses\[1\] = -0.5"):
+            tx.update(task_grads, tx.init(params), params, losses=jnp.array([1.0, -0.5, 2.0]))
+        for harmless in ([1.0, -jnp.inf, 2.0], [1.0, jnp.nan, 2.0]):
+            tx.update(task_grads, tx.init(params), params, losses=jnp.array(harmless))
+        masked = {"losses": jnp.array([1.0, -0.5, 2.0]), "task_mask": jnp.array([True, False, True])}
+        tx.update(task_grads, tx.init(params), params, **masked)
+        known_in_jit = jax.jit(lambda g: tx.update(g, tx.init(params), params, losses=jnp.ones(T))[0])
+        chex.assert_tree_all_finite(known_in_jit(task_grads))
     updates, _ = run(case, [problems.gradients(seed=k) for k in range(4)], losses=[[1.0, -0.5, 0.0]] * 4)
     assert np.isfinite(updates).all()
 
@@ -309,7 +338,8 @@ def test_a_gramian_is_a_valid_update(case):
         np.testing.assert_array_equal(np.asarray(weights, np.float64), weights_of(state))
         with pytest.raises(ValueError, match="Gramian has shape"):
             tx.update(mtl.Gramian(jnp.eye(T + 1)), state, params, losses=losses)
-    np.testing.assert_allclose(weights_of(state), weights_of(expected), rtol=1e-4, atol=1e-5)
+    if "leaves" not in case.lacks:  # leaf by leaf, a Gramian of them all is something else
+        np.testing.assert_allclose(weights_of(state), weights_of(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", [case for case in cases.CASES if "gramian" in case.lacks], ids=str)
@@ -328,8 +358,9 @@ def test_the_update_is_the_weighted_sum_that_the_state_tells(case):
     for kind in problems.KINDS:
         matrix = problems.gradients(kind)
         updates, state = run(case, [matrix])
-        scale = np.abs(matrix).max()
-        np.testing.assert_allclose(updates[0], weights_of(state) @ matrix, rtol=1e-4, atol=1e-5 * scale, err_msg=kind)
+        weights = weights_of(state)
+        scale = np.abs(weights) @ np.abs(matrix).max(1)  # of the terms of the sum, which may cancel
+        np.testing.assert_allclose(updates[0], weights @ matrix, rtol=1e-4, atol=1e-5 * scale, err_msg=kind)
 
 
 @every_case()
