@@ -31,7 +31,7 @@ from optax_mtl.methods._grad_cosine import grad_cosine, grad_cosine_weights
 from optax_mtl.methods._graddrop import graddrop
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._gradvac import gradvac, gradvac_weights
-from optax_mtl.methods._group_dro import group_dro, group_dro_weights
+from optax_mtl.methods._group_dro import group_dro
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
 from optax_mtl.methods._ial import ial, ial_weights
 from optax_mtl.methods._igb import igb, igb_weights
@@ -119,7 +119,6 @@ __all__ = [
     "gradvac",
     "gradvac_weights",
     "group_dro",
-    "group_dro_weights",
     "group_means",
     "hydalearn",
     "hydalearn_gains",

@@ -137,7 +137,12 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
     """Raises `ValueError` unless `low <= value <= high`; arrays (an injected hyper-parameter, say) are not read."""
-    if isinstance(value, int | float) and not low <= value <= high:
+    if callable(value):
+        raise ValueError(
+            f"{name} must be a number, found the function {value!r}. For a schedule, wrap the factory: "
+            f'optax.inject_hyperparams(factory, static_args="num_tasks")(num_tasks, {name}=schedule).'
+        )
+    if isinstance(value, numbers.Real) and not low <= float(value) <= high:
         bound = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be {bound}, found {value!r}.")
 
@@ -149,12 +154,12 @@ def check_task_vector(name: str, value: Any, num_tasks: int) -> None:
 
 
 def check_preference(preference: Any, num_tasks: int) -> None:
-    """Raises `ValueError` unless `preference` is None or one number a task, none of them (where known) negative."""
+    """Raises `ValueError` unless `preference` is None or one number a task, none negative and not all zero."""
     if preference is None:
         return
     check_task_vector("preference", preference, num_tasks)
-    if _is_known(preference) and np.any(np.asarray(preference) < 0):
-        raise ValueError(f"preference must not be negative, found {preference!r}.")
+    if _is_known(preference) and not (np.all(np.asarray(preference) >= 0) and np.any(np.asarray(preference) > 0)):
+        raise ValueError(f"preference must not be negative, nor zero for all tasks, found {preference!r}.")
 
 
 # -- Checks of an update's arguments ---------------------------------------------------------------------------------

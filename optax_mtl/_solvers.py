@@ -223,47 +223,54 @@ def log_barrier_point(gramian: jax.Array, preference: jax.Array, exponent: jax.A
     dtype, precision = unit.dtype, jnp.finfo(unit.dtype).eps
     exponent = jnp.asarray(exponent, dtype)
 
-    # The weights of the unit gradients, x = n w, meet C x = q x^-e with q = p n^(e - 1); here with a largest q of one.
-    # For a task that is not allowed, the equation is x = x^-e.
-    log_q = jnp.where(allowed, jnp.log(jnp.where(allowed, preference, 1)), -jnp.inf)
-    log_q = log_q + jnp.where(allowed, (1 - exponent) * jnp.log(jnp.where(allowed, r, 1)), 0)
-    log_largest = jnp.where(jnp.any(allowed), jnp.max(log_q), 0)
-    q = jnp.where(allowed, jnp.exp(log_q - log_largest), 1)
+    # The weights of the unit gradients, x = n w, meet C x = q x^-e with q = p n^(e - 1). Orthogonal gradients have
+    # x = q^(1 / (1 + e)) = g, in terms of which it is C x = g (g / x)^e; here with a largest g of one. For a task that
+    # is not allowed, the equation is x = 1 / x^e.
+    log_q = jnp.log(jnp.where(allowed, preference, 1)) + (1 - exponent) * jnp.log(jnp.where(allowed, r, 1))
+    log_g = jnp.where(allowed, log_q, -jnp.inf) / (1 + exponent)
+    log_unit = jnp.where(jnp.any(allowed), jnp.max(log_g), 0)
+    g = jnp.where(allowed, jnp.exp(log_g - log_unit), 1)
     pairs = jnp.where(jnp.outer(allowed, allowed), unit, 0)
-    ridge = (4 + len(q) ** 0.5) * precision
+    ridge = (4 + len(g) ** 0.5) * precision
     matrix = pairs + jnp.diag(jnp.where(allowed, ridge, 1))
+    # Where others help a task enough, its own weight may be smaller than numbers are.
+    floor = jnp.maximum(g * jnp.exp(-jnp.minimum(69 / exponent, 69)), jnp.finfo(dtype).tiny ** 0.75)
+
+    def barrier(x: jax.Array) -> jax.Array:
+        return g * (g / x) ** exponent
 
     def newton(at: _Newton) -> _Newton:
         x = at.x
-        barrier = q * x**-exponent
-        gradient = matrix @ x - barrier
-        factors = jax.scipy.linalg.cho_factor(matrix + jnp.diag(exponent * barrier / x))
-        step = -jax.scipy.linalg.cho_solve(factors, gradient)
+        gradient = matrix @ x - barrier(x)
+        factors = jax.scipy.linalg.cho_factor(matrix + jnp.diag(exponent * barrier(x) / x))
+        free = (x > floor) | (gradient < 0)
+        step = jnp.where(free, -jax.scipy.linalg.cho_solve(factors, gradient), 0)
         shrinks = jnp.max(jnp.maximum(-step / x, 0))
         # t = (1 - (1 + e rho)^(-1/e)) / rho, and its limit for a small rho
         kept = (1 + exponent * shrinks) ** (-1 / exponent)
         t = jnp.where(shrinks > 1e-3, (1 - kept) / jnp.where(shrinks > 0, shrinks, 1), 1 - (1 + exponent) / 2 * shrinks)
         settled = jnp.max(jnp.abs(step / x)) < 0.3 * precision**0.5
-        solved = jnp.max(jnp.abs(gradient)) < precision * jnp.sum(x)
-        return _Newton(jnp.maximum(x + t * step, kept * x), settled | solved, at.rounds + 1)
+        solved = jnp.max(jnp.abs(jnp.where(free, gradient, 0))) < precision * jnp.sum(x)
+        moved = jnp.maximum(jnp.maximum(x + t * step, kept * x), floor)
+        return _Newton(moved, settled | solved, at.rounds + 1)
 
     # Exact for orthogonal gradients, then the best along that ray.
-    alone = q ** (1 / (1 + exponent))
-    along = alone @ pairs @ alone
-    ray = jnp.sum(q * alone ** (1 - exponent), where=allowed) / jnp.where(along > 0, along, 1)
-    first = jnp.where(allowed, alone * jnp.where(along > 0, ray, 1) ** (1 / (1 + exponent)), 1)
-    start = _Newton(first, ~jnp.any(allowed), jnp.array(0))
+    along = g @ pairs @ g
+    ray = jnp.sum(g**2, where=allowed) / jnp.where(along > 0, along, 1)
+    first = jnp.where(allowed, g * jnp.where(along > 0, ray, 1) ** (1 / (1 + exponent)), 1)
+    start = _Newton(jnp.maximum(first, floor), ~jnp.any(allowed), jnp.array(0))
     x = lax.while_loop(lambda at: ~at.done & (at.rounds < 100), newton, start).x
 
-    violation = jnp.max(jnp.where(allowed, jnp.abs(pairs @ x - q * x**-exponent), 0))
+    gradient = pairs @ x - barrier(x)
+    violation = jnp.where(allowed, jnp.where(x > floor, jnp.abs(gradient), jnp.maximum(-gradient, 0)), 0)
     total = jnp.sum(x, where=allowed)
-    solvable = jnp.any(allowed) & (x @ pairs @ x > 2 * ridge * total**2)
+    # What is not finite is no solution either, but says so in its residual.
+    stationary = jnp.where(allowed, x, 0) @ pairs @ x <= 2 * ridge * total**2
+    residual = jnp.where(stationary | ~jnp.any(allowed), 0, jnp.max(violation) / jnp.where(total > 0, total, 1))
     least = jnp.min(norms, where=allowed, initial=jnp.finfo(dtype).max)
-    unscaled = jnp.exp((log_largest - 2 * jnp.log(least)) / (1 + exponent))
-    return (
-        jnp.where(solvable & allowed, x * r * unscaled, 0),
-        jnp.where(solvable, violation / jnp.where(solvable, total, 1), 0),
-    )
+    unscaled = jnp.exp(log_unit - 2 * jnp.log(least) / (1 + exponent))
+    weights = jnp.where(allowed & ~stationary & (x > floor), x * r * unscaled, 0)
+    return jnp.where(jnp.isfinite(residual), weights, 0), jnp.where(jnp.isfinite(residual), residual, jnp.inf)
 
 
 @full_precision

@@ -65,15 +65,20 @@ def init_log_shares(num_tasks: int, dtype: jnp.dtype) -> jax.Array:
     return jnp.full(num_tasks, -math.log(num_tasks), dtype)
 
 
-def multiply_shares(log_shares: jax.Array, exponents: jax.Array, present: jax.Array) -> jax.Array:
+def multiply_shares(log_shares: jax.Array, exponents: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Multiplies each share by the exponential of `exponents` `(T,)`, and normalises.
 
     The tasks that are present redistribute what they hold together, so that an absent one keeps its share.
+
+    Returns:
+      `(log_shares, shares)`: the logarithms to keep; and the shares among the tasks present, which sum to one.
     """
-    held = jax.nn.logsumexp(log_shares, where=present)
-    changed = log_shares + exponents.astype(log_shares.dtype)
-    changed = jax.nn.log_softmax(changed, where=present | ~jnp.any(present)) + held
-    return _base.where_present(present, jnp.maximum(changed, _LEAST_LOG_SHARE), log_shares)
+    anyone = present | ~jnp.any(present)
+    held = jax.nn.logsumexp(log_shares, where=anyone)
+    raised = log_shares + jnp.clip(exponents.astype(log_shares.dtype), -1e12, 1e12)
+    among_present = jax.nn.log_softmax(raised, where=anyone)
+    kept = jnp.maximum(among_present + held, _LEAST_LOG_SHARE)
+    return _base.where_present(present, kept, log_shares), jnp.where(present, jnp.exp(among_present), 0)
 
 
 class LearnedScalars(NamedTuple):
@@ -89,7 +94,9 @@ class LearnedScalars(NamedTuple):
 
 
 def init_learned_scalars(optimizer: optax.GradientTransformation, value: jax.Array) -> LearnedScalars:
-    """`value` `(T,)` and fresh optimiser states."""
+    """`value` `(T,)` and fresh optimiser states; raises `ValueError` if `optimizer` is none."""
+    if not callable(getattr(optimizer, "init", None)):
+        raise ValueError(f"optimizer must be an Optax transformation, optax.adam(1e-2) for one, found {optimizer!r}.")
     return LearnedScalars(value, jax.vmap(optimizer.init)(value))
 
 
@@ -122,24 +129,3 @@ def learn_log_variances(
     """
     learned = learn_scalars(optimizer, log_variances, penalty_slope - weights * losses, present)
     return learned._replace(value=jnp.clip(learned.value, -60, 60))
-
-
-def multiply_weights(log_weights: jax.Array, gains: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Multiplies the weights of the tasks that are present by the exponentials of their gains.
-
-    The weights that are kept sum to one over all tasks. Those of the tasks present keep their sum, as the others keep
-    their weights; as they are used, they sum to one over the tasks present.
-
-    Args:
-      log_weights: `(T,)`.
-      gains: `(T,)`.
-      present: `(T,)` of bool.
-
-    Returns:
-      `(log_weights, weights)`: the logarithms to keep, and the weights to use, zero for absent tasks.
-    """
-    raised = log_weights + jnp.clip(gains.astype(log_weights.dtype), -1e12, 1e12)
-    anyone = present | ~jnp.any(present)
-    before, after = (jax.nn.logsumexp(x, where=anyone) for x in (log_weights, raised))
-    kept = _base.where_present(present, raised - after + before, log_weights)
-    return kept, jnp.where(present, _base.masked_softmax(raised, present), 0)

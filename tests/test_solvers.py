@@ -155,6 +155,29 @@ def test_worst_case_in_ball_meets_its_optimality_conditions(kind, num_tasks, rad
             assert np.all((over <= TOLERANCE * size) | (lengths == 0))
 
 
+@pytest.mark.parametrize("exponent", [0.1, 0.2, 5.0, 10.0])
+@pytest.mark.parametrize("orders", [0, 2, 4])
+def test_log_barrier_point_for_extreme_fairness(orders, exponent):
+    """Weights may be smaller than float32 holds: then they are zero, and the task gains all it would gain anyway."""
+    for seed in range(9):
+        rng = np.random.default_rng(seed)
+        for matrix in (rng.standard_normal((3, 20)), np.abs(rng.standard_normal((3, 5)))):
+            matrix = (matrix * np.logspace(-orders / 2, orders / 2, 3)[rng.permutation(3), None]).astype(np.float32)
+            _, norms, cosines = unit(matrix)
+            weights, residual = solvers["log barrier"](gramian(matrix), jnp.ones(3), exponent, jnp.ones(3, bool))
+            assert residual <= TOLERANCE
+            weights = np.asarray(weights, np.float64)
+            positive = weights > 0
+            assert positive.any()
+            lengths = weights * norms
+            products = cosines @ lengths
+            gains = np.where(positive, np.where(positive, weights, 1) ** -exponent / norms, 0)
+            over = products - gains
+            slack = 1e-4 * lengths.sum()  # w ** -10 has ten times the rounding of w
+            assert np.all(over >= -slack)
+            assert np.all((over <= slack) | ~positive)
+
+
 adversarial = hnp.arrays(
     np.float32,
     (4, 5),
@@ -175,6 +198,10 @@ def test_whatever_the_gradients_every_solver_is_exact(matrix):
         solution, residual = solvers[name](gramian(matrix), *arguments)
         assert np.isfinite(solution).all(), name
         assert residual <= TOLERANCE, name
+        if name == "log barrier" and matrix.any() and not solution.any():  # it says there is no solution
+            _, norms, cosines = unit(matrix)
+            shares = np.asarray(min_norm_point(jnp.asarray(cosines, jnp.float32), jnp.asarray(norms > 0)), np.float64)
+            assert np.sqrt(max(shares @ cosines @ shares, 0)) <= 3e-3
 
 
 def test_nonnegative_quadratic_tells_when_there_is_no_minimum():

@@ -37,7 +37,11 @@ def cosmos_weights(
     length = jnp.linalg.norm(unit)
     unit = unit * reciprocal(length)
     ray = r * reciprocal(jnp.linalg.norm(r))
-    turn = (ray - jnp.sum(ray * unit) * unit) * reciprocal(length) * reciprocal(largest)  # of the cosine
+    across = ray - jnp.sum(ray * unit) * unit
+    across = jnp.where(
+        jnp.linalg.norm(across) > 8 * jnp.finfo(losses.dtype).eps, across, 0
+    )  # on the ray but for rounding
+    turn = across * reciprocal(length) * reciprocal(largest)  # of the cosine
     return r - jnp.asarray(lam, losses.dtype) * jnp.where(largest > 0, turn, 0)
 
 

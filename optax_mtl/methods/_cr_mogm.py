@@ -70,7 +70,8 @@ def cr_mogm(
     Note:
       The paper lets :math:`\alpha` grow as the learning rate falls: schedule it with `optax.inject_hyperparams`.
       Without `init` the average starts, as in TorchJD, with the first weights; here, for each task, with those of the
-      first step in which it takes part.
+      first step in which it takes part. A task that comes back brings its old average: where tasks come and go, the
+      weights need not sum to what the inner method's do.
     """
     num_tasks = _base.check_num_tasks(num_tasks)
     weigher = check_weighting(inner, "cr_mogm")

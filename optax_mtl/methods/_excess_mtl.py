@@ -11,7 +11,7 @@ import optax
 from optax_mtl import _base
 from optax_mtl._combinators import check_not_gramian
 from optax_mtl._solvers import reciprocal
-from optax_mtl._task_state import multiply_weights
+from optax_mtl._task_state import multiply_shares
 from optax_mtl._weighting import weighting
 
 
@@ -122,7 +122,7 @@ def excess_mtl(
         ratios = jnp.where(warms_up, 1, risks * reciprocal(reference))
 
         gains = jnp.asarray(step_size, ratios.dtype) * ratios
-        log_weights, weights = multiply_weights(state.log_weights, gains, present)
+        log_weights, weights = multiply_shares(state.log_weights, gains, present)
         number = jnp.sum(present).astype(weights.dtype)
         return number * weights, ExcessMTLState(squares, log_weights, reference, steps)
 

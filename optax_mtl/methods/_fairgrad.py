@@ -15,11 +15,11 @@ def fairgrad_weights(gramian: jax.Array, *, alpha: _base.Scalar = 2.0, present: 
 
     Args:
       gramian: `(T, T)`; tasks with zero rows are left out.
-      alpha: kind of fairness, at least 0.1.
+      alpha: kind of fairness, in [0.1, 10].
       present: `(T,)` of bool, the tasks that take part; all if None.
 
     Returns:
-      `(T,)`, positive.
+      `(T,)`, positive; all zero at a Pareto-stationary point.
     """
     present = jnp.ones(gramian.shape[0], bool) if present is None else present
     return _solve(gramian, alpha, present)[0]
@@ -44,14 +44,15 @@ def fairgrad(num_tasks: int, *, alpha: _base.Scalar = 2.0) -> optax.GradientTran
 
     Args:
       num_tasks: number of tasks `T`.
-      alpha: kind of fairness, at least 0.1; near zero it is `linear_scalarization`.
+      alpha: kind of fairness, in [0.1, 10]; near zero it is `linear_scalarization`, and for large values the best
+        direction for the worst task.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to `(*shape)`. Its state keeps the equation's
       `residual`.
 
     Raises:
-      ValueError: if `alpha` is below 0.1.
+      ValueError: if `alpha` is not in [0.1, 10].
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_mtl as mtl
@@ -67,10 +68,10 @@ def fairgrad(num_tasks: int, *, alpha: _base.Scalar = 2.0) -> optax.GradientTran
       The equation has one solution, which is found exactly; the authors' least squares and LibMTL's stop early where
       norms differ. `alpha` is that of the authors' scripts (their class and LibMTL: 1). The authors multiply the update
       by `T` and clip it to norm one: chain `optax.clip_by_global_norm(1.0)` for that. A task whose gradient is zero is
-      left out. At a Pareto-stationary point there is no solution: the weights grow to a bound set by the precision, and
-      the update vanishes in comparison.
+      left out. At a Pareto-stationary point there is no solution: the weights are zero, there and as near to it as the
+      precision tells (where a convex combination of the unit gradients is shorter than about 1e-3, in float32).
     """
-    _base.check_number("alpha", alpha, 0.1)
+    _base.check_number("alpha", alpha, 0.1, 10)
 
     def rule(
         gramian: jax.Array, state: _solvers.Solved, *, present: jax.Array, **_: Any

@@ -121,7 +121,8 @@ def famo(
       shared gradient to norm one, which here is up to the chain: `optax.clip_by_global_norm(1.0)`. The decay is 1e-3 in
       the paper's algorithm, LibMTL and TorchJD; the authors' classes have 1e-2 and 1e-5, and their scripts 1e-3 or
       1e-2. Instead of adding 1e-8 to the losses, a task whose loss is not above its reference is left out of the step:
-      it has nothing left to gain. A logit stays as it is unless its task took part in this step and the last.
+      it has nothing left to gain. Without `losses_after`, the logit of a task moves only if it took part in this step
+      and the last: those of tasks that take turns never do.
     """
     _base.check_number("gamma", gamma, 0)
     if reference is not None:
@@ -150,8 +151,10 @@ def famo(
         if losses_after is not None:
             _base.check_task_vector("losses_after", losses_after, num_tasks)
         log_losses, present = log_gaps(losses, present)
+        # The last batch's losses tell of the tasks in that batch, whether or not they are in this one.
+        told = present if losses_after is None else jnp.ones_like(present)
         after = losses if losses_after is None else jnp.asarray(losses_after, losses.dtype)
-        log_after, known = log_gaps(after, present & (state.last_step == state.step))
+        log_after, known = log_gaps(after, told & (state.last_step == state.step))
 
         logits = state.logits.value.astype(losses.dtype)
         progress = state.log_losses.astype(losses.dtype) - log_after

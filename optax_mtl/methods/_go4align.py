@@ -138,9 +138,8 @@ def go4align(
         gramian: jax.Array, log_shares: jax.Array, *, losses: jax.Array, present: jax.Array, **_: Any
     ) -> tuple[jax.Array, jax.Array]:
         present = present & (losses >= jnp.finfo(losses.dtype).tiny)
-        log_shares = multiply_shares(log_shares, -jnp.asarray(beta, losses.dtype) * losses, present)
-        shares = _base.masked_softmax(log_shares, present).astype(losses.dtype)
-        return go4align_weights(losses, shares, num_groups, present=present), log_shares
+        log_shares, shares = multiply_shares(log_shares, -jnp.asarray(beta, losses.dtype) * losses, present)
+        return go4align_weights(losses, shares.astype(losses.dtype), num_groups, present=present), log_shares
 
     return weighting(
         "go4align",

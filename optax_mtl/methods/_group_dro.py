@@ -11,19 +11,6 @@ from optax_mtl._task_state import init_log_shares, multiply_shares
 from optax_mtl._weighting import weighting
 
 
-def group_dro_weights(log_shares: jax.Array, *, present: jax.Array | None = None) -> jax.Array:
-    """Weights from the logarithms of the tasks' shares.
-
-    Args:
-      log_shares: `(T,)`, up to a constant.
-      present: `(T,)` of bool, the tasks that take part; all if None.
-
-    Returns:
-      `(T,)`, non-negative, summing to one.
-    """
-    return _base.masked_softmax(log_shares, jnp.ones(log_shares.shape, bool) if present is None else present)
-
-
 def group_dro(num_tasks: int, *, step_size: _base.Scalar = 0.01) -> optax.GradientTransformationExtraArgs:
     r"""Group DRO: weights grow exponentially with the losses, towards the worst task.
 
@@ -67,8 +54,8 @@ def group_dro(num_tasks: int, *, step_size: _base.Scalar = 0.01) -> optax.Gradie
     def rule(
         gramian: jax.Array, log_shares: jax.Array, *, losses: jax.Array, present: jax.Array, **_: Any
     ) -> tuple[jax.Array, jax.Array]:
-        log_shares = multiply_shares(log_shares, jnp.asarray(step_size, losses.dtype) * losses, present)
-        return group_dro_weights(log_shares, present=present), log_shares
+        log_shares, shares = multiply_shares(log_shares, jnp.asarray(step_size, losses.dtype) * losses, present)
+        return shares, log_shares
 
     return weighting(
         "group_dro",

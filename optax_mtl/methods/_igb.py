@@ -80,7 +80,8 @@ def igb(num_tasks: int, *, steps_per_epoch: int = 100, base_epoch: int = 1) -> o
 
     Note:
       As the authors' code (`igbv1`), whose base is the mean over the second epoch. Their second algorithm, which learns
-      the weights by reinforcement, is not here. The base epoch is each task's own: of the epochs in which it took part.
+      the weights by reinforcement, is not here. The base epoch is each task's own: of the epochs in which it took part;
+      while that of any task present is not over, all :math:`\lambda_i` are one.
       A task whose loss is zero has nothing to gain and is left out.
     """
     steps_per_epoch = _base.check_static_int("steps_per_epoch", steps_per_epoch, 1)

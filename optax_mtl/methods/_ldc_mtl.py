@@ -94,7 +94,8 @@ def ldc_mtl(
       place of the softmax (0.01), unweighted gaps (0.1), or logarithms of the losses (0.05). Their router is a layer on
       the network's features, except in the CelebA script, where, as here, it is one number a task; the default rate is
       that script's. In an optimiser there are no features. The initial loss is that of the first step in which the task
-      takes part with a positive one; until then it counts as on the scale of the smallest.
+      takes part with a positive one; until then it counts as on the scale of the smallest. A task
+      that joins late with a small loss thus takes weight from all the others.
     """
     _base.check_number("lam", lam, 0)
     inner = optax.adam(1e-3) if optimizer is None else optimizer

@@ -65,8 +65,8 @@ def mgda(num_tasks: int, *, normalization: str = "none") -> optax.GradientTransf
 
     Note:
       The min-norm point is exact. The authors' Frank-Wolfe code never goes quite to a vertex (weights 0.999 and 0.001),
-      and LibMTL applies the weights to the *normalized* gradients. A loss of zero counts as no loss: its gradient is
-      left as it is.
+      and LibMTL applies the weights to the *normalized* gradients. With a `"loss"` normalization, a task whose loss
+      is zero has nothing to gain and is left out.
     """
     _base.check_choice("normalization", normalization, _NORMALIZATIONS)
     uses_losses = normalization.startswith("loss")
@@ -75,12 +75,15 @@ def mgda(num_tasks: int, *, normalization: str = "none") -> optax.GradientTransf
         gramian: jax.Array, state: _solvers.Solved, *, present: jax.Array, losses: jax.Array | None, **_: Any
     ) -> tuple[jax.Array, _solvers.Solved]:
         unit, lengths = _solvers.cosines(gramian)
+        allowed = present
         if normalization in ("l2", "loss+"):
             lengths = (lengths > 0).astype(lengths.dtype)
         if uses_losses and losses is not None:
+            gains = present & (losses > 0)
+            allowed = jnp.where(jnp.any(gains), gains, present)
             lengths = lengths / jnp.where(losses > 0, losses, 1)
         lengths = lengths * _solvers.reciprocal(jnp.max(lengths))  # only their ratios matter
-        weights, residual = _solvers.min_norm_point(_solvers.scaled(unit, lengths), present)
+        weights, residual = _solvers.min_norm_point(_solvers.scaled(unit, lengths), allowed)
         return weights, _solvers.Solved(residual)
 
     return weighting(

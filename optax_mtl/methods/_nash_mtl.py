@@ -21,7 +21,7 @@ def nash_mtl_weights(
       present: `(T,)` of bool, the tasks that take part; all if None.
 
     Returns:
-      `(T,)`, positive.
+      `(T,)`, positive; all zero at a Pareto-stationary point.
     """
     present = jnp.ones(gramian.shape[0], bool) if present is None else present
     return _solve(gramian, preference, present)[0]
@@ -41,9 +41,9 @@ def nash_mtl(
 
     (eq. 4 of the paper, where `p` is one): among all directions of one length, the one with the largest product of the
     tasks' gains :math:`\langle g_i, d\rangle`. All gains are positive, and :math:`\lVert d\rVert^2 = \sum_i p_i`
-    whatever the gradients, so that with the usual `max_norm` every update has norm `max_norm`: its length tells
-    nothing, and the learning rate must be chosen, and decayed, accordingly. Choose it where the tasks' scales cannot be
-    compared.
+    whatever the gradients, so that with the usual `max_norm` every update that is not zero has norm `max_norm`: its
+    length tells nothing, and the learning rate must be chosen, and decayed, accordingly. Choose it where the tasks'
+    scales cannot be compared.
 
     Needs the Gramian only. To solve at every few steps only, wrap it in `update_every`.
 
@@ -57,7 +57,7 @@ def nash_mtl(
       `residual`.
 
     Raises:
-      ValueError: if `preference` is not `(T,)`, or negative; if `max_norm` is negative.
+      ValueError: if `preference` is not `(T,)`, or negative; if `max_norm` is not positive.
 
     Example:
       >>> import jax.numpy as jnp, optax_mtl as mtl
@@ -71,12 +71,14 @@ def nash_mtl(
     Note:
       The equation has one solution, which is found exactly. The authors' sequence of convex programs stops early, or
       fails and keeps the last weights, for zero or badly scaled gradients, as do LibMTL's and TorchJD's. A task whose
-      gradient is zero is left out. At a Pareto-stationary point there is no solution: the weights grow to a bound set
-      by the precision, and the update vanishes in comparison. Unequal powers are `auxi_nash`'s generalisation. The
-      authors, like LibMTL, multiply the losses by the weights, so that heads are scaled too.
+      gradient is zero is left out. At a Pareto-stationary point there is no solution: the weights are zero, there and
+      as near to it as the precision tells (where a convex combination of the unit gradients is shorter than about 1e-3,
+      in float32). Unequal powers are `auxi_nash`'s generalisation. The authors, like LibMTL, multiply the losses by the
+      weights, so that heads are scaled too.
     """
     _base.check_preference(preference, _base.check_num_tasks(num_tasks))
-    _base.check_number("max_norm", max_norm, 0)
+    if isinstance(max_norm, int | float) and max_norm <= 0:
+        raise ValueError(f"max_norm must be positive, found {max_norm!r}. For no limit, write max_norm=None.")
 
     def rule(
         gramian: jax.Array, state: _solvers.Solved, *, present: jax.Array, **_: Any

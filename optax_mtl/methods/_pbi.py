@@ -34,6 +34,7 @@ def pbi_weights(
     """
     present = jnp.ones(losses.shape, bool) if present is None else present
     ray = _base.preference_or(preference, _base.equal_weights(present, losses.dtype), present)
+    ray = ray * reciprocal(jnp.max(ray))
     ray = ray * reciprocal(jnp.linalg.norm(ray))
     gaps = jnp.where(present, losses if reference is None else losses - jnp.asarray(reference, losses.dtype), 0)
     gaps = gaps * reciprocal(jnp.max(jnp.abs(gaps)))  # only their direction matters

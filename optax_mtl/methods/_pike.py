@@ -8,7 +8,7 @@ from jax import numpy as jnp
 import optax
 
 from optax_mtl import _base
-from optax_mtl._task_state import multiply_weights
+from optax_mtl._task_state import multiply_shares
 from optax_mtl._weighting import weighting
 
 
@@ -140,7 +140,7 @@ def pike(
         gains = pike_gains(squared_norms, noise, zeta1=zeta1, zeta2=zeta2)
 
         due = state.step % jnp.asarray(every, jnp.int32) == 0
-        log_weights, weights = multiply_weights(state.log_weights, jnp.where(known & due, gains, 0), present)
+        log_weights, weights = multiply_shares(state.log_weights, jnp.where(known & due, gains, 0), present)
         return factors * weights, PiKEState(state.step + 1, log_weights)
 
     return weighting(

@@ -72,7 +72,7 @@ def stch(
       num_tasks: number of tasks `T`.
       mu: smoothness.
       preference: `(T,)`, :math:`\lambda`; if None, one over the number of tasks present for `"plain"`, ones for
-        `"log"`.
+        `"log"`, which applies it after the warm-up only.
       reference: `(T,)`, `z`, losses that are thought ideal, for `"plain"` only; zeros if None.
       form: `"plain"` or `"log"`.
       steps_per_epoch: for `"log"`, updates an epoch.

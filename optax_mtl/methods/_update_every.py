@@ -66,7 +66,7 @@ def update_every(
       Only steps in which a task takes part count for its weight. If the weight of any task that is present is due,
       those of all that are present are computed anew, so that tasks that are there in some batches only get theirs. A
       method that learns or averages (`uncertainty`, `cr_mogm`) sees only the steps in which it runs, and one that
-      counts epochs counts those.
+      counts epochs counts those. Where tasks come and go, weights that are reused need not sum to what they did.
     """
     num_tasks = _base.check_num_tasks(num_tasks)
     weigher = check_weighting(inner, "update_every")
