@@ -9,7 +9,7 @@ import pytest
 
 import optax_mtl as mtl
 from parity import records
-from parity.records import at_most, close, gramian, inner, min_norm_gap, mix, norm
+from parity.records import at_most, close, inner, mix, norm
 
 CASES = records.load("stateless")
 groups = pytest.mark.parametrize("group", CASES)
@@ -36,79 +36,6 @@ def first_steps(method, grads, losses=None, argument=None):
         return updates, state.task_weights
 
     return lax.map(first_step, (grads, losses, argument))
-
-
-# -- Linear scalarization and RLW ------------------------------------------------------------------------------------
-
-
-def mean(num_tasks):
-    return mtl.linear_scalarization(num_tasks, reduction="mean")
-
-
-def constant(num_tasks, weights):
-    return mtl.linear_scalarization(num_tasks, weights=weights)
-
-
-@groups
-def test_linear_scalarization(group):
-    case = CASES[group]
-    grads, largest = torchjd(case, case["grads"]), norm(case["grads"]).max(-1)
-    updates, _ = first_steps(mtl.linear_scalarization, case["grads"])
-    close(torchjd(case, updates), case["torchjd.Sum"], torchjd(case, largest), 1e-13)
-    if "libmtl.EW" in case:
-        close(libmtl(case, updates), case["libmtl.EW"], libmtl(case, largest), 1e-13)
-    close(first_steps(mean, grads)[0], case["torchjd.Mean"], torchjd(case, largest), 1e-13)
-    updates, _ = first_steps(constant, grads, argument=case["torchjd.pref"])
-    close(updates, case["torchjd.Constant.pref"], torchjd(case, largest), 1e-13)
-
-
-@groups
-def test_rlw(group):
-    case = CASES[group]
-    close(jax.jit(jax.vmap(mtl.rlw_weights))(case["torchjd.z"]), case["torchjd.Random"], 1, 1e-14)
-
-
-# -- MGDA ------------------------------------------------------------------------------------------------------------
-# Both peers stop their Frank-Wolfe early, up to 24 % (TorchJD) and 44 % (LibMTL) of the mean gradient from the optimum.
-# So vectors are held to the exact optimum, and the peers' distance from optimality is a bound for ours.
-
-
-@groups
-def test_mgda(group):
-    case = CASES[group]
-    updates, weights = first_steps(mtl.mgda, case["grads"])
-    close(torchjd(case, updates), case["exact.minnorm"], torchjd(case, norm(case["grads"].mean(1))), 1e-13)
-
-    gap, size = min_norm_gap(case["grads"], weights)
-    rounding = 1e-14 * size
-    for precision in ("default", "tight"):
-        peer = case[f"torchjd.MGDA.{precision}.fw_gap"]
-        at_most(torchjd(case, gap), np.maximum(peer, torchjd(case, rounding)))
-    if group != "T1":  # LibMTL fails there
-        peer, _ = min_norm_gap(libmtl(case, case["grads"]), case["libmtl.MGDA.none"])
-        at_most(libmtl(case, gap), np.maximum(peer, libmtl(case, rounding)))
-
-
-@pytest.mark.parametrize(
-    ("group", "normalization"), [("T2", "l2"), ("T2", "loss"), ("T2", "loss+"), ("T5", "l2"), ("T5", "loss+")]
-)
-def test_mgda_normalization(group, normalization):
-    case = CASES[group]
-    grads, losses, peer = libmtl(case, case["grads"]), case["libmtl.losses"], case[f"libmtl.MGDA.{normalization}"]
-    _, weights = first_steps(functools.partial(mtl.mgda, normalization=normalization), grads, losses)
-
-    norms = norm(grads)[..., None]
-    scale = {"l2": norms, "loss": losses[..., None], "loss+": losses[..., None] * norms}[normalization]
-    known = np.isfinite(peer).all(-1)
-    assert set(libmtl(case, case["kind"])[~known]) <= {"zero_row"}  # LibMTL divides by the zero norm
-    # LibMTL applies the weights to the normalized gradients, we to the gradients: what is compared is the weights.
-    normalized = (grads / np.where(scale > 0, scale, 1))[known]
-    weights, peer = np.asarray(weights)[known], peer[known]
-    gap, size = min_norm_gap(normalized, weights)
-    at_most(gap, np.maximum(min_norm_gap(normalized, peer)[0], 1e-14 * size))
-    if group == "T2":  # in closed form, where LibMTL goes only to 0.001 and 0.999 for 0 and 1
-        clipped = np.where(weights == 0, 0.001, np.where(weights == 1, 0.999, weights))
-        close(mix(clipped, normalized), mix(peer, normalized), norm(normalized).max(-1), 1e-11)
 
 
 # -- CAGrad ----------------------------------------------------------------------------------------------------------
@@ -190,44 +117,3 @@ def test_cagrad_libmtl(group, rescale):
     regular = ~np.isin(kind, ["zero_row", "badly_scaled"])
     close(updates[regular], theirs[regular], size[regular], 5e-3)
     at_most(worst_case(grads, theirs) - worst_case(grads, updates), 1e-6 * size * norm(grads).max(-1))
-
-
-# -- PCGrad ----------------------------------------------------------------------------------------------------------
-
-
-@jax.jit
-def project(gramians, orders):
-    """Weights `(cases, draws, T)` for `(cases, T, T)` Gramians and `(cases, draws, T, T)` orders."""
-    return lax.map(lambda case: lax.map(functools.partial(mtl.pcgrad_weights, case[0]), case[1]), (gramians, orders))
-
-
-@groups
-def test_pcgrad_torchjd(group):
-    case = CASES[group]
-    grads, orders = torchjd(case, case["grads"]), case["torchjd.orders"].astype(int)
-    weights, peer = project(gramian(grads), orders), case["torchjd.PCGrad"]
-    close(weights, peer, norm(peer), 1e-12)
-
-
-@groups
-def test_pcgrad_conflictfree(group):
-    case = CASES[group]
-    recorded = np.isfinite(case["conflictfree.PCGradOperator"]).all(-1)  # not for d = 1000
-    updates, _ = first_steps(functools.partial(mtl.pcgrad, order="fixed"), torchjd(case, case["grads"])[recorded])
-    largest = norm(torchjd(case, case["grads"])[recorded]).max(-1)
-    close(updates, case["conflictfree.PCGradOperator"][recorded], largest, 1e-12)
-
-
-@groups
-def test_pcgrad_libmtl(group):
-    case = CASES[group]
-    grads, orders = libmtl(case, case["grads"]), case["libmtl.orders"].astype(int)
-    # LibMTL adds 1e-8 to squared norms, and a task may be projected against itself: here, against its copy.
-    tasks = orders.shape[1]
-    doubled = np.tile(gramian(grads), (1, 2, 2))
-    doubled[:, range(tasks, 2 * tasks), range(tasks, 2 * tasks)] += 1e-8
-    own = np.broadcast_to(np.arange(2 * tasks)[:, None], (len(grads), 2 * tasks, tasks))
-    visits = np.concatenate([np.concatenate([orders + tasks, own[:, tasks:]], axis=1), own], axis=2)
-    weights = np.asarray(project(doubled, visits[:, None]))[:, 0]
-    weights = weights[:, :tasks] + weights[:, tasks:] - 1
-    close(weights, case["libmtl.PCGrad"], norm(case["libmtl.PCGrad"]), 1e-12)
