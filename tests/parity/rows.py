@@ -4,14 +4,20 @@ What is compared is the update, or the weights where nothing else is recorded: w
 are dependent. Where the peer's convention is another one, the conversion is made here, on its answer or on our input.
 """
 
+import dataclasses
+from unittest import mock
+
 import jax
+from jax import lax, numpy as jnp
 import numpy as np
 import optax
 
 import optax_mtl as mtl
+from optax_mtl._weighting import weighting
 from parity.comparisons import (
     Answers,
     apply,
+    COORDINATES,
     first_step,
     LONG_RUNS,
     MATRICES,
@@ -37,6 +43,13 @@ def mean_norm(cases):
 
 def largest(cases):
     return norm(cases.grads).max(-1)
+
+
+def badly_scaled(cases):
+    """Whether norms are far apart, of each answer."""
+    return np.broadcast_to(
+        (cases.kind == "badly_scaled").reshape(-1, *[1] * (cases.grads.ndim - 3)), cases.grads.shape[:-2]
+    )
 
 
 def errors(exact, *answers, scale):
@@ -257,18 +270,18 @@ def _():
 # -- DWA, uncertainty, GradNorm --------------------------------------------------------------------------------------
 
 
-def learn(method):
-    return run(method, SHORT_RUNS.grads, SHORT_RUNS.present, losses=SHORT_RUNS("losses"))[1]
+def learn(method, **per_step):
+    return run(method, SHORT_RUNS.grads, SHORT_RUNS.present, losses=SHORT_RUNS("losses"), **per_step)
 
 
 @row("dwa", "LibMTL", "DWA", 1e-14, "`steps_per_epoch=1`; TorchJD's weights are the same bit for bit")
 def _():
-    ours = learn(lambda: mtl.dwa(MOST, steps_per_epoch=1, temperature=2.0)).task_weights
+    ours = learn(lambda: mtl.dwa(MOST, steps_per_epoch=1, temperature=2.0))[1].task_weights
     return Answers(SHORT_RUNS, ours, SHORT_RUNS("libmtl.DWA"))
 
 
 def uncertainty(init):
-    return learn(lambda: mtl.uncertainty(MOST, optimizer=optax.sgd(0.1), init=init))
+    return learn(lambda: mtl.uncertainty(MOST, optimizer=optax.sgd(0.1), init=init))[1]
 
 
 @row("uncertainty", "TorchJD", "UW", 1e-12, "SGD(0.1), as it was given")
@@ -346,3 +359,635 @@ def _():
         losses=LONG_RUNS("losses"),
     )
     return Answers(LONG_RUNS, np.asarray(updates)[:, 10:], LONG_RUNS("direction", (20,)))
+
+
+# -- Projections on the dual cone ------------------------------------------------------------------------------------
+
+
+def regularised(cases, norm_eps=1e-4, reg_eps=1e-4):
+    """The Gramians as TorchJD and LibMTL change them before they solve."""
+    matrix = gramian(cases.grads)
+    trace = np.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
+    identity = np.eye(MOST) * cases.present[:, None, :]
+    return np.where(trace < norm_eps, 0, matrix / np.where(trace > 0, trace, 1)) + reg_eps * identity
+
+
+def equal_weights(cases):
+    return cases.present / cases.present.sum(-1, keepdims=True)
+
+
+def upgrad(matrix, preference, present):
+    return mtl.upgrad_weights(matrix, preference=preference, present=present)
+
+
+def dual_proj(matrix, preference, present):
+    return mtl.dual_proj_weights(matrix, preference=preference, present=present)
+
+
+def dual_cone(weigh, cases, field, exact=None, preference=None, **eps):
+    """Ours on the regularised Gramian, against the peer; both, ours on the Gramian itself, against the exact one."""
+    preference = equal_weights(cases) if preference is None else preference
+    ours = mix(apply(weigh, regularised(cases, **eps), preference, cases.present), cases.grads)
+    theirs, scale, error = mix(cases(field), cases.grads), mean_norm(cases), None
+    if exact is not None:
+        plain = mix(apply(weigh, gramian(cases.grads), preference, cases.present), cases.grads)
+        error = errors(cases(exact), plain, theirs, scale=scale)
+    return Answers(cases, ours, theirs, scale, errors=error)
+
+
+_REGULARISED = "given its Gramian: divided by the trace, and reg_eps on the diagonal; the error is that of ours without"
+
+
+@row("upgrad", "TorchJD", "UPGrad.default", 1e-9, _REGULARISED)
+def _():
+    return dual_cone(upgrad, MATRICES, "torchjd.UPGrad.default", "exact.upgrad")
+
+
+@row("upgrad", "TorchJD", "UPGrad.reg1e-8", 1e-6, _REGULARISED)
+def _():
+    return dual_cone(upgrad, MATRICES, "torchjd.UPGrad.reg1e-8", "exact.upgrad", norm_eps=1e-12, reg_eps=1e-8)
+
+
+@row("upgrad", "TorchJD", "UPGrad.pref", 1e-9, _REGULARISED)
+def _():
+    return dual_cone(upgrad, MATRICES, "torchjd.UPGrad.pref", preference=MATRICES("torchjd.pref"))
+
+
+@row("upgrad", "LibMTL", "UPGrad", 1e-9, _REGULARISED)
+def _():
+    return dual_cone(upgrad, STEPS, "libmtl.UPGrad")
+
+
+@row("dual_proj", "TorchJD", "DualProj.default", 1e-9, _REGULARISED)
+def _():
+    return dual_cone(dual_proj, MATRICES, "torchjd.DualProj.default", "exact.dualproj")
+
+
+@row("dual_proj", "TorchJD", "DualProj.reg1e-8", 1e-6, _REGULARISED)
+def _():
+    return dual_cone(dual_proj, MATRICES, "torchjd.DualProj.reg1e-8", "exact.dualproj", norm_eps=1e-12, reg_eps=1e-8)
+
+
+@row("dual_proj", "TorchJD", "DualProj.pref", 1e-9, _REGULARISED)
+def _():
+    return dual_cone(dual_proj, MATRICES, "torchjd.DualProj.pref", preference=MATRICES("torchjd.pref"))
+
+
+# -- Nash-MTL, FairGrad ----------------------------------------------------------------------------------------------
+
+
+def bargaining_residual(cases, weights, alpha=1.0):
+    """`max_i |w_i^(1 / alpha) <g_i, d> - 1|` over the tasks that have a gradient: zero at the solution."""
+    products = inner(cases.grads, mix(weights, cases.grads))
+    residual = np.abs(np.maximum(weights, 0) ** (1 / alpha) * products - 1)
+    return np.where(norm(cases.grads) > 0, residual, 0).max(-1)
+
+
+def fairgrad(alpha):
+    return mtl.fairgrad(MOST, alpha=alpha)
+
+
+def fair(cases, field, alpha):
+    updates, weights = first_step(fairgrad, cases, np.full(len(cases), alpha))
+    theirs = cases(field)
+    residuals = bargaining_residual(cases, weights, alpha), bargaining_residual(cases, theirs, alpha)
+    return Answers(cases, updates, mix(theirs, cases.grads), trusted=residuals[1] < 1e-5)
+
+
+_RESIDUAL = "left out: where the peer stopped before it was there, with a residual of 1e-5 and more"
+
+
+@row("fairgrad", "TorchJD", "FairGrad.alpha0.5", 1e-4, _RESIDUAL)
+def _():
+    return fair(MATRICES, "torchjd.FairGrad.alpha0.5", 0.5)
+
+
+@row("fairgrad", "TorchJD", "FairGrad.alpha1", 1e-4, _RESIDUAL)
+def _():
+    return fair(MATRICES, "torchjd.FairGrad.alpha1", 1.0)
+
+
+@row("fairgrad", "TorchJD", "FairGrad.alpha2", 1e-4, _RESIDUAL)
+def _():
+    return fair(MATRICES, "torchjd.FairGrad.alpha2", 2.0)
+
+
+@row("fairgrad", "LibMTL", "FairGrad.alpha1", 1e-4, _RESIDUAL)
+def _():
+    return fair(STEPS, "libmtl.FairGrad.alpha1", 1.0)
+
+
+@row("fairgrad", "LibMTL", "FairGrad.alpha2", 1e-4, _RESIDUAL)
+def _():
+    return fair(STEPS, "libmtl.FairGrad.alpha2", 2.0)
+
+
+# -- Aligned-MTL, IMTL, ConFIG ---------------------------------------------------------------------------------------
+
+
+def aligned(scale_mode, config, preference=None):
+    preference = equal_weights(MATRICES) if preference is None else preference
+    ours, _ = first_step(lambda p: mtl.aligned_mtl(MOST, scale_mode=scale_mode, preference=p), MATRICES, preference)
+    # Where norms are far apart, an eigenvalue more or less is above rounding.
+    theirs = mix(MATRICES(f"torchjd.{config}"), MATRICES.grads)
+    return Answers(MATRICES, ours, theirs, trusted=~badly_scaled(MATRICES))
+
+
+_ALIGNED = "`preference=1/T`; left out: bad scaling, where the rank is in the eye of the beholder"
+
+
+@row("aligned_mtl", "TorchJD", "AlignedMTL.min", 1e-6, _ALIGNED)
+def _():
+    return aligned("min", "AlignedMTL.min")
+
+
+@row("aligned_mtl", "TorchJD", "AlignedMTL.median", 1e-6, _ALIGNED)
+def _():
+    return aligned("median", "AlignedMTL.median")
+
+
+@row("aligned_mtl", "TorchJD", "AlignedMTL.rmse", 1e-6, _ALIGNED)
+def _():
+    return aligned("rmse", "AlignedMTL.rmse")
+
+
+@row("aligned_mtl", "TorchJD", "AlignedMTL.min.pref", 1e-6, _ALIGNED)
+def _():
+    return aligned("min", "AlignedMTL.min.pref", MATRICES("torchjd.pref"))
+
+
+@row("aligned_mtl", "LibMTL", "Aligned_MTL", 1e-6, "left out: bad scaling, as above")
+def _():
+    ours, _ = first_step(lambda: mtl.aligned_mtl(MOST), STEPS)
+    return Answers(STEPS, ours, mix(STEPS("libmtl.Aligned_MTL"), STEPS.grads), trusted=~badly_scaled(STEPS))
+
+
+def unequal_projections(cases, direction):
+    """By how much the projections of a direction on the gradients differ, relative to its length."""
+    norms = norm(cases.grads)
+    projections = inner(cases.grads, direction) / np.where(norms > 0, norms, 1)
+    spread = np.where(norms > 0, projections, -np.inf).max(-1) - np.where(norms > 0, projections, np.inf).min(-1)
+    return relative(np.where(norms.any(-1), spread, 0), norm(direction))
+
+
+def independent(cases):
+    """Whether the gradients that are not zero are linearly independent, by far."""
+    norms = norm(cases.grads)[..., None]
+    values = np.linalg.svd(cases.grads / np.where(norms > 0, norms, 1), compute_uv=False)
+    return (values > 1e-4).sum(-1) == (norms > 0).sum((-2, -1))
+
+
+def imtl_g():
+    return mtl.imtl_g(MOST)
+
+
+def impartial(theirs):
+    ours, _ = first_step(imtl_g, MATRICES)
+    errors = unequal_projections(MATRICES, ours), unequal_projections(MATRICES, theirs)
+    errors = tuple(np.where(independent(MATRICES), error, np.nan) for error in errors)
+    trusted = (errors[1] < 1e-6) & theirs.any(-1)
+    return Answers(MATRICES, ours, theirs, trusted=trusted, errors=errors)
+
+
+_IMPARTIAL = (
+    "left out: dependent gradients, where projections cannot be equal, and where the peer's are not, or are zero; "
+    "error: by how much they differ"
+)
+
+
+@row("imtl_g", "TorchJD", "IMTLG", 1e-5, _IMPARTIAL)
+def _():
+    return impartial(mix(MATRICES("torchjd.IMTLG"), MATRICES.grads))
+
+
+@row("imtl_g", "conflictfree", "IMTLGOperator", 1e-5, _IMPARTIAL)
+def _():
+    return impartial(MATRICES("conflictfree.IMTLGOperator"))
+
+
+@row(
+    "imtl",
+    "LibMTL",
+    "IMTL",
+    1e-5,
+    "SGD(0.1), as it was given; left out: dependent gradients, and bad scaling, where its inverse is off",
+)
+def _():
+    updates, _ = run(lambda: mtl.imtl(MOST, optimizer=optax.sgd(0.1)), RUNS.grads, RUNS.present, losses=RUNS("losses"))
+    return Answers(RUNS, updates, RUNS("libmtl.IMTL"), trusted=independent(RUNS) & ~badly_scaled(RUNS))
+
+
+def con_fig(preference):
+    return mtl.con_fig(MOST, preference=preference)
+
+
+def conflict_free(field, preference=None):
+    preference = MATRICES.present.astype(float) if preference is None else preference
+    ours, _ = first_step(con_fig, MATRICES, preference)
+    return Answers(MATRICES, ours, MATRICES(field))
+
+
+@row("con_fig", "TorchJD", "ConFIG", 1e-6)
+def _():
+    return conflict_free("torchjd.ConFIG")
+
+
+@row("con_fig", "TorchJD", "ConFIG.pref", 1e-6)
+def _():
+    return conflict_free("torchjd.ConFIG.pref", MATRICES("torchjd.pref"))
+
+
+@row("con_fig", "conflictfree", "ConFIG.lstsq", 1e-6)
+def _():
+    return conflict_free("conflictfree.ConFIG.lstsq")
+
+
+@row("con_fig", "conflictfree", "ConFIG.pinv", 1e-6)
+def _():
+    return conflict_free("conflictfree.ConFIG.pinv")
+
+
+@row(
+    "con_fig",
+    "conflictfree",
+    "ConFIGOperator",
+    1e-6,
+    "left out: duplicates of two, where its closed form divides 0 by 0",
+)
+def _():
+    answers = conflict_free("conflictfree.ConFIGOperator")
+    regular = (MATRICES.kind != "duplicate") | (MATRICES.present.sum(-1) > 2)
+    return dataclasses.replace(answers, trusted=regular)
+
+
+# -- Krum, GradVac ---------------------------------------------------------------------------------------------------
+
+
+def krum(matrix, present, byzantine, selected):
+    return mtl.krum_weights(matrix, n_byzantine=byzantine, n_selected=selected, present=present)
+
+
+def distances(cases):
+    """Distances between the gradients, `(cases, T, T)`; infinite to those that are not there."""
+    found = norm(cases.grads[:, :, None] - cases.grads[:, None])
+    return np.where(cases.present[:, :, None] & cases.present[:, None], found, np.inf)
+
+
+_KRUM = (
+    "given a Gramian whose squared distances are its distances, as TorchJD adds up distances, not their squares; left "
+    "out: ties"
+)
+
+
+def nearest(byzantine, selected):
+    options = [np.full(len(MATRICES), option) for option in (byzantine, selected)]
+    apart = distances(MATRICES)
+    finite = np.where(np.isfinite(apart), apart, 0)
+    matrix = (finite[:, :1] + finite[:, :, :1] - finite) / 2
+    ours = apply(krum, matrix, MATRICES.present, *options)
+
+    near = np.sort(apart + np.where(np.eye(MOST), np.inf, 0), axis=-1)
+    neighbours = MATRICES.present.sum(-1) - byzantine - 2
+    counts = np.arange(MOST) < neighbours[:, None, None]
+    scores = np.sort(np.where(counts, near, 0).sum(-1) + np.where(MATRICES.present, 0, np.inf), axis=-1)
+    tied = scores[:, selected] <= scores[:, selected - 1] * (1 + 1e-9)
+    return Answers(MATRICES, ours, MATRICES(f"torchjd.Krum.b{byzantine}.s{selected}"), trusted=~tied)
+
+
+def turn(grams, orders):
+    """GradVac over the steps of a run."""
+
+    def step(targets, now):
+        weights, targets = mtl.gradvac_weights(now[0], targets, now[1], beta=0.5)
+        return targets, weights
+
+    return lax.scan(step, jnp.zeros((MOST, MOST)), (grams, orders))[1]
+
+
+_GRADVAC = (
+    "given its orders, `beta=0.5`; left out: bad scaling, where the 1e-8 that it adds to products of norms counts (up "
+    "to 3e-4)"
+)
+
+
+@row("gradvac", "TorchJD", "GradVac.first", 1e-6, _GRADVAC)
+def _():
+    orders = MATRICES.orders("torchjd.orders")[:, :1]
+    ours = np.asarray(apply(turn, gramian(MATRICES.grads)[:, None], orders))[:, 0] * MATRICES.present
+    theirs = mix(MATRICES("torchjd.GradVac.first"), MATRICES.grads)
+    return Answers(MATRICES, mix(ours, MATRICES.grads), theirs, largest(MATRICES), ~badly_scaled(MATRICES))
+
+
+def gradvac(theirs):
+    weights = apply(turn, gramian(RUNS.grads), RUNS.orders("libmtl.orders")) * RUNS.present[:, None]
+    return Answers(RUNS, mix(weights, RUNS.grads), theirs, largest(RUNS), ~badly_scaled(RUNS))
+
+
+@row("gradvac", "TorchJD", "GradVac", 1e-6, _GRADVAC)
+def _():
+    return gradvac(mix(RUNS("torchjd.GradVac"), RUNS.grads))
+
+
+@row("gradvac", "LibMTL", "GradVac", 1e-6, _GRADVAC)
+def _():
+    return gradvac(RUNS("libmtl.GradVac"))
+
+
+@row("krum", "TorchJD", "Krum.b0.s1", 1e-12, _KRUM)
+def _():
+    return nearest(0, 1)
+
+
+@row("krum", "TorchJD", "Krum.b1.s1", 1e-12, _KRUM)
+def _():
+    return nearest(1, 1)
+
+
+@row("krum", "TorchJD", "Krum.b1.s2", 1e-12, _KRUM)
+def _():
+    return nearest(1, 2)
+
+
+@row("krum", "TorchJD", "Krum.b2.s3", 1e-12, _KRUM)
+def _():
+    return nearest(2, 3)
+
+
+# -- Nash-MTL --------------------------------------------------------------------------------------------------------
+
+
+def nash(cases, grads, max_norm, solve_every=1):
+    options = {"max_norm": max_norm, "update_every": solve_every}
+    updates, state = run(lambda: mtl.nash_mtl(MOST, **options), grads, cases.present)
+    return np.asarray(updates), np.asarray(state.task_weights)
+
+
+@row("nash_mtl", "TorchJD", "NashMTL.max_norm0", 1e-4, _RESIDUAL)
+def _():
+    updates, _ = nash(MATRICES, MATRICES.grads[:, None], 0.0)
+    theirs = MATRICES("torchjd.NashMTL.max_norm0")
+    solved = bargaining_residual(MATRICES, theirs) < 1e-5
+    return Answers(MATRICES, updates[:, 0], mix(theirs, MATRICES.grads), trusted=solved)
+
+
+@row("nash_mtl", "TorchJD", "NashMTL.max_norm1", 1e-4, _RESIDUAL)
+def _():
+    updates, _ = nash(MATRICES, MATRICES.grads[:, None], 1.0)
+    solved = bargaining_residual(MATRICES, MATRICES("torchjd.NashMTL.max_norm0")) < 1e-5
+    theirs = mix(MATRICES("torchjd.NashMTL.max_norm1"), MATRICES.grads)
+    return Answers(MATRICES, updates[:, 0], theirs, trusted=solved)
+
+
+# -- CR-MOGM, PCD ----------------------------------------------------------------------------------------------------
+
+
+def torchjd_upgrad():
+    """UPGrad of the Gramian as TorchJD regularises it."""
+
+    def rule(matrix, state, *, present, **_):
+        share = jnp.where(present, 1, 0) / jnp.maximum(jnp.sum(present), 1)
+        trace = jnp.trace(matrix)
+        matrix = jnp.where(trace < 1e-4, 0, matrix / jnp.where(trace > 0, trace, 1))
+        return mtl.upgrad_weights(matrix + 1e-4 * jnp.diag(jnp.where(present, 1.0, 0)), preference=share), state
+
+    return weighting("upgrad", MOST, rule)
+
+
+@row("cr_mogm", "TorchJD", "CRMOGM.UPGrad", 1e-9, "of an `upgrad` that is given TorchJD's Gramian")
+def _():
+    method = lambda: mtl.cr_mogm(MOST, torchjd_upgrad(), alpha=0.9)
+    updates, _ = run(method, RUNS.grads, RUNS.present)
+    return Answers(RUNS, updates, mix(RUNS("torchjd.CRMOGM.UPGrad"), RUNS.grads))
+
+
+@row(
+    "cr_mogm",
+    "TorchJD",
+    "CRMOGM.MGDA.init",
+    1e-9,
+    "of `mgda`; left out: more than two tasks, where theirs is not exact",
+)
+def _():
+    method = lambda init: mtl.cr_mogm(MOST, mtl.mgda(MOST), alpha=0.5, init=init)
+    updates, _ = run(method, RUNS.grads, RUNS.present, (equal_weights(RUNS),))
+    theirs = mix(RUNS("torchjd.CRMOGM.MGDA.init"), RUNS.grads)
+    exact = np.repeat(RUNS.present.sum(-1, keepdims=True) <= 2, 5, axis=1)
+    return Answers(RUNS, updates, theirs, largest(RUNS), exact)
+
+
+def pcd(cases, grads, tau, beta):
+    return run(lambda: mtl.pcd(MOST, tau=tau, beta=beta), grads, cases.present)[0]
+
+
+@row("pcd", "TorchJD", "PCD.tau0.02", 1e-6)
+def _():
+    ours = np.asarray(pcd(MATRICES, MATRICES.grads[:, None], 0.02, 0.999))[:, 0]
+    return Answers(MATRICES, ours, mix(MATRICES("torchjd.PCD.tau0.02"), MATRICES.grads))
+
+
+@row("pcd", "TorchJD", "PCD.tau0.3", 1e-6)
+def _():
+    ours = np.asarray(pcd(MATRICES, MATRICES.grads[:, None], 0.3, 0.999))[:, 0]
+    return Answers(MATRICES, ours, mix(MATRICES("torchjd.PCD.tau0.3"), MATRICES.grads))
+
+
+@row("pcd", "TorchJD", "PCD.default", 1e-6)
+def _():
+    ours = pcd(RUNS, RUNS.grads, 0.02, 0.999)
+    return Answers(RUNS, ours, mix(RUNS("torchjd.PCD.default"), RUNS.grads))
+
+
+@row("pcd", "TorchJD", "PCD.tau0.3.beta0.5", 1e-6)
+def _():
+    ours = pcd(RUNS, RUNS.grads, 0.3, 0.5)
+    return Answers(RUNS, ours, mix(RUNS("torchjd.PCD.tau0.3.beta0.5"), RUNS.grads))
+
+
+# -- Functions of the losses -----------------------------------------------------------------------------------------
+
+
+def scalarized(weigh, config):
+    """Derivatives of a scalarized loss."""
+    ours = apply(weigh, MATRICES("losses"), MATRICES.present, MATRICES("torchjd.pref"))
+    return Answers(MATRICES, ours, MATRICES(f"torchjd.{config}"))
+
+
+@row("gls", "TorchJD", "GeometricMean", 1e-13)
+def _():
+    return scalarized(lambda losses, present, _: mtl.gls_weights(losses, present=present), "GeometricMean")
+
+
+@row("gls", "LibMTL", "GLS", 1e-13, "the weights of its update; those that it returns are other ones")
+def _():
+    updates, _ = learn(lambda: mtl.gls(MOST))
+    return Answers(SHORT_RUNS, updates, SHORT_RUNS("libmtl.GLS"))
+
+
+@row("stch", "TorchJD", "STCH.mu1", 1e-13)
+def _():
+    return scalarized(lambda losses, present, _: mtl.stch_weights(losses, mu=1.0, present=present), "STCH.mu1")
+
+
+@row("stch", "TorchJD", "STCH.mu0.1", 1e-13)
+def _():
+    return scalarized(lambda losses, present, _: mtl.stch_weights(losses, mu=0.1, present=present), "STCH.mu0.1")
+
+
+@row("stch", "TorchJD", "STCH.mu0.5.pref", 1e-13)
+def _():
+    def weigh(losses, present, pref):
+        reference = jnp.full(MOST, 0.02)
+        return mtl.stch_weights(losses, mu=0.5, preference=pref, reference=reference, present=present)
+
+    return scalarized(weigh, "STCH.mu0.5.pref")
+
+
+def stch_log(mu, warmup):
+    options = {"form": "log", "steps_per_epoch": 1, "warmup_epochs": warmup}
+    updates, _ = learn(lambda: mtl.stch(MOST, mu=mu, **options))
+    return Answers(SHORT_RUNS, updates, SHORT_RUNS(f"libmtl.STCH.mu{mu:g}.w{warmup}"))
+
+
+@row("stch", "LibMTL", "STCH.mu1.w1", 1e-12, '`form="log"`, each step an epoch')
+def _():
+    return stch_log(1.0, 1)
+
+
+@row("stch", "LibMTL", "STCH.mu0.1.w0", 1e-12, '`form="log"`, each step an epoch')
+def _():
+    return stch_log(0.1, 0)
+
+
+@row("cosmos", "TorchJD", "COSMOS", 1e-12)
+def _():
+    def weigh(losses, present, pref):
+        return mtl.cosmos_weights(losses, preference=pref, present=present)
+
+    return scalarized(weigh, "COSMOS")
+
+
+@row("pbi", "TorchJD", "PBI", 1e-12)
+def _():
+    return scalarized(lambda losses, present, pref: mtl.pbi_weights(losses, preference=pref, present=present), "PBI")
+
+
+# -- FAMO, IMTL-L ----------------------------------------------------------------------------------------------------
+
+
+def famo():
+    after = np.roll(SHORT_RUNS("losses_after"), 1, axis=1)  # the first step's is ignored
+    return learn(lambda: mtl.famo(MOST), losses_after=np.where(SHORT_RUNS.present[:, None], after, 1))
+
+
+_FAMO = "`losses_after` of a step are given in the next; the peer adds 1e-8 to losses"
+
+
+@row("famo", "TorchJD", "FAMO", 1e-5, _FAMO)
+def _():
+    return Answers(SHORT_RUNS, famo()[1].task_weights, SHORT_RUNS("torchjd.FAMO"))
+
+
+@row("famo", "LibMTL", "FAMO", 1e-5, _FAMO)
+def _():
+    return Answers(SHORT_RUNS, famo()[0], SHORT_RUNS("libmtl.FAMO"))
+
+
+@row("imtl_l", "TorchJD", "IMTLL", 1e-12, "SGD(0.1), as it was given")
+def _():
+    state = learn(lambda: mtl.imtl_l(MOST, optimizer=optax.sgd(0.1)))[1]
+    return Answers(SHORT_RUNS, state.task_weights, SHORT_RUNS("torchjd.IMTLL"))
+
+
+# -- Methods of several samples, or with a gradient a task in their state --------------------------------------------
+
+
+def stochastic(method, first, *others):
+    """Updates and weights of a method that is given two more samples of the gradients."""
+    samples = [SHORT_RUNS.grads if name == "grads" else SHORT_RUNS(name, (MOST, MOST)) for name in (first, *others)]
+    updates, state = run(method, samples[0], SHORT_RUNS.present, independent_grads=tuple(samples[1:]))
+    return np.asarray(updates), np.asarray(state.task_weights)
+
+
+def modo(gamma, field):
+    _, weights = stochastic(lambda: mtl.modo(MOST, gamma=gamma, rho=0.1), "grads_3", "grads", "grads_2")
+    return Answers(SHORT_RUNS, weights, SHORT_RUNS(field))
+
+
+@row("modo", "TorchJD", "MoDo.default", 1e-12)
+def _():
+    return modo(0.1, "torchjd.MoDo.default")
+
+
+@row("modo", "TorchJD", "MoDo.gamma0.001", 1e-12)
+def _():
+    return modo(1e-3, "torchjd.MoDo.gamma0.001")
+
+
+@row("modo", "LibMTL", "MoDo", 1e-12)
+def _():
+    return modo(1e-3, "libmtl.MoDo")
+
+
+def sdmgrad(rate):
+    return stochastic(lambda: mtl.sdmgrad(MOST, inner_learning_rate=rate), "grads", "grads_2", "grads_3")
+
+
+@row("sdmgrad", "TorchJD", "SDMGrad.lr0.5", 1e-6, "at a rate at which rounding does not grow")
+def _():
+    return Answers(SHORT_RUNS, sdmgrad(0.5)[1], SHORT_RUNS("torchjd.SDMGrad.lr0.5"))
+
+
+@row("sdmgrad", "LibMTL", "SDMGrad", 1e-6, "left out: more than three tasks, as rounding grows at its rate of 5")
+def _():
+    few = np.repeat(SHORT_RUNS.present.sum(-1, keepdims=True) <= 3, 5, axis=1)
+    return Answers(SHORT_RUNS, sdmgrad(5.0)[0], SHORT_RUNS("libmtl.SDMGrad"), largest(SHORT_RUNS), few)
+
+
+# -- Coordinate by coordinate ----------------------------------------------------------------------------------------
+
+
+def given_draws(method):
+    """The transformation `method(leak)`, with `draws` for its uniform random numbers."""
+
+    def make(leak, draws):
+        inner = method(leak)
+
+        def update(*args, **kwargs):
+            with mock.patch.object(jax.random, "uniform", return_value=draws):
+                return inner.update(*args, **kwargs)
+
+        return optax.GradientTransformationExtraArgs(inner.init, update)
+
+    return make
+
+
+def drop_signs(leak, field):
+    method = given_draws(lambda leak: mtl.graddrop(MOST, 0, leak=leak))
+    updates, _ = run(method, COORDINATES.grads[:, None], COORDINATES.present, (leak, COORDINATES("uniforms", (20,))))
+    return Answers(COORDINATES, np.asarray(updates)[:, 0], COORDINATES(field, (20,)), largest(COORDINATES))
+
+
+@row("graddrop", "TorchJD", "GradDrop", 1e-13, "given its draws")
+def _():
+    return drop_signs(np.zeros_like(COORDINATES("pref")), "torchjd.GradDrop")
+
+
+@row("graddrop", "TorchJD", "GradDrop.leakpref", 1e-13, "given its draws; `leak` is a preference vector")
+def _():
+    return drop_signs(COORDINATES("pref"), "torchjd.GradDrop.leakpref")
+
+
+def trimmed(k):
+    updates, _ = run(lambda: mtl.trimmed_mean(MOST, k=k), COORDINATES.grads[:, None], COORDINATES.present)
+    theirs = COORDINATES(f"torchjd.TrimmedMean.{k}", (20,))
+    return Answers(COORDINATES, np.asarray(updates)[:, 0], theirs, largest(COORDINATES))
+
+
+@row("trimmed_mean", "TorchJD", "TrimmedMean.1", 1e-13)
+def _():
+    return trimmed(1)
+
+
+@row("trimmed_mean", "TorchJD", "TrimmedMean.2", 1e-13)
+def _():
+    return trimmed(2)
