@@ -6,23 +6,33 @@ from optax_mtl._combinators import mean_tasks, per_task, shared_and_heads, sum_t
 from optax_mtl._diagnostics import task_cosines, task_norms
 from optax_mtl._gramian import combine, Gramian, task_gramian
 from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grads
-from optax_mtl.methods._adaptive_weight_assignment import (
-    adaptive_weight_assignment,
-    adaptive_weight_assignment_weights,
-)
+from optax_mtl.methods._adaptive_weight_assignment import adaptive_weight_assignment, adaptive_weight_assignment_weights
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
+from optax_mtl.methods._cov_weighting import cov_weighting, cov_weighting_weights
+from optax_mtl.methods._dtp import dtp, dtp_weights
+from optax_mtl.methods._dual_proj import dual_proj, dual_proj_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
+from optax_mtl.methods._fairgrad import fairgrad, fairgrad_weights
+from optax_mtl.methods._gls import gls, gls_weights
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
 from optax_mtl.methods._ial import ial, ial_weights
+from optax_mtl.methods._igb import igb, igb_weights
+from optax_mtl.methods._imtl_l import imtl_l, imtl_l_weights
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
+from optax_mtl.methods._nash_mtl import nash_mtl, nash_mtl_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
+from optax_mtl.methods._scale_invariant import scale_invariant, scale_invariant_weights
+from optax_mtl.methods._slaw import slaw, slaw_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
+from optax_mtl.methods._upgrad import upgrad, upgrad_weights
+from optax_mtl.methods._uw_o import uw_o, uw_o_weights
+from optax_mtl.methods._uw_so import uw_so, uw_so_weights
 
 __all__ = [
     "BalanceState",
@@ -36,10 +46,20 @@ __all__ = [
     "cdtt_weights",
     "checked",
     "combine",
+    "cov_weighting",
+    "cov_weighting_weights",
+    "dtp",
+    "dtp_weights",
+    "dual_proj",
+    "dual_proj_weights",
     "dwa",
     "dwa_weights",
     "edm",
     "edm_weights",
+    "fairgrad",
+    "fairgrad_weights",
+    "gls",
+    "gls_weights",
     "gradnorm",
     "gradnorm_weight_grads",
     "hydalearn",
@@ -47,18 +67,28 @@ __all__ = [
     "hydalearn_weights",
     "ial",
     "ial_weights",
+    "igb",
+    "igb_weights",
+    "imtl_l",
+    "imtl_l_weights",
     "linear_scalarization",
     "mao",
     "mean_tasks",
     "mgda",
     "mgda_weights",
+    "nash_mtl",
+    "nash_mtl_weights",
     "pcgrad",
     "pcgrad_weights",
     "per_task",
     "rlw",
     "rlw_weights",
     "scale_by_mao",
+    "scale_invariant",
+    "scale_invariant_weights",
     "shared_and_heads",
+    "slaw",
+    "slaw_weights",
     "stack_task_grads",
     "sum_tasks",
     "task_cosines",
@@ -67,6 +97,12 @@ __all__ = [
     "task_norms",
     "uncertainty",
     "uncertainty_weights",
+    "upgrad",
+    "upgrad_weights",
+    "uw_o",
+    "uw_o_weights",
+    "uw_so",
+    "uw_so_weights",
     "value_and_task_grads",
 ]
 

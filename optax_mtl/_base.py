@@ -222,6 +222,33 @@ def check_losses(
         )
 
 
+def check_kpis(kpis: Any, num_tasks: int, method: str, present: jax.Array) -> None:
+    """Raises `ValueError` unless `kpis` is `(num_tasks,)` and none of a present task is outside [0, 1].
+
+    Values are looked at only where they are known: outside jit. A KPI that is not finite is no error here.
+    """
+    if kpis is None:
+        raise ValueError(
+            f"{method} needs a key performance indicator of each task (an accuracy, say), in (0, 1): write\n"
+            "    updates, opt_state = tx.update(task_grads, opt_state, params, kpis=kpis)"
+        )
+    if getattr(kpis, "shape", None) != (num_tasks,):
+        raise ValueError(
+            f"{method}: kpis must be one array of shape ({num_tasks},), in the order of the task axis, found "
+            f"{_describe(kpis)}."
+        )
+    if not _is_known(kpis) or not _is_known(present):
+        return
+    known = np.asarray(kpis)
+    outside = np.isfinite(known) & ((known < 0) | (known > 1)) & np.asarray(present)
+    if np.any(outside):
+        i = int(np.argmax(outside))
+        raise ValueError(
+            f"{method} needs key performance indicators in (0, 1), but kpis[{i}] = {known[i]:.6g}. Bring that metric "
+            "to an interval where 1 is perfect: a percentage over 100, one minus an error rate."
+        )
+
+
 def check_task_mask(task_mask: Any, num_tasks: int) -> None:
     """Raises `ValueError` unless `task_mask` is None or `(num_tasks,)`."""
     if task_mask is not None and getattr(task_mask, "shape", None) != (num_tasks,):

@@ -80,6 +80,7 @@ def learn_scalars(
     present: jax.Array,
 ) -> LearnedScalars:
     """One optimiser step for each task that is present, `grads` `(T,)` being the gradient for its scalar."""
+    grads = jnp.clip(grads, -1e15, 1e15)  # so that their squares, in Adam say, are finite
     updates: Any
     updates, states = jax.vmap(optimizer.update)(grads.astype(scalars.value.dtype), scalars.optimizer, scalars.value)
     return _base.where_present(present, LearnedScalars(scalars.value + updates, states), scalars)
@@ -91,10 +92,13 @@ def learn_log_variances(
     weights: jax.Array,
     losses: jax.Array,
     present: jax.Array,
+    penalty_slope: jax.Array | float = 0.5,
 ) -> LearnedScalars:
     """One step on `sum_i w_i L_i + s_i / 2` with respect to the log-variances `s`, where `w_i` is `a_i exp(-s_i)`.
 
+    For another penalty than `s_i / 2`, `penalty_slope` is its derivative, `(T,)`.
+
     They are kept in [-60, 60], so that a loss of zero, for which there is no optimum, does not end in NaN.
     """
-    learned = learn_scalars(optimizer, log_variances, 0.5 - weights * losses, present)
+    learned = learn_scalars(optimizer, log_variances, penalty_slope - weights * losses, present)
     return learned._replace(value=jnp.clip(learned.value, -60, 60))

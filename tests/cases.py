@@ -74,6 +74,10 @@ def leaf_rms_step(g, loss):
     return np.concatenate([leaf / np.sqrt(np.mean(leaf**2)) for leaf in leaves])
 
 
+def unit_step(g, loss):
+    return g / np.linalg.norm(g)
+
+
 RANDOM = {"absent": "other draws for another number of tasks", "precision": "other draws in another dtype"}
 MIXER = {"weights": "mixes elementwise: there is no weight vector", "gramian": "needs the gradients"}
 
@@ -106,6 +110,31 @@ CASES = (
         alone=lambda g, loss: np.exp(-0.5) * g,
         keeps=("permutation",),
     ),
+    row(
+        mtl.uncertainty,
+        "reu",
+        kwargs={"variant": "reu", "optimizer": optax.sgd(0.1)},
+        needs=("losses",),
+        alone=lambda g, loss: g / 2,
+        keeps=("permutation", "linear"),
+    ),
+    row(mtl.gls, needs=("positive losses",), keeps=("permutation", "linear")),
+    row(
+        mtl.scale_invariant,
+        needs=("positive losses",),
+        alone=lambda g, loss: g / loss,
+        keeps=("permutation", "linear"),
+    ),
+    row(
+        mtl.scale_invariant,
+        "log1p",
+        kwargs={"mode": "log1p", "preference": lambda num_tasks: 2.0 * jnp.ones(num_tasks)},
+        needs=("positive losses",),
+        alone=lambda g, loss: 2 * g / (1 + loss),
+        keeps=("permutation", "linear"),
+    ),
+    row(mtl.uw_o, needs=("positive losses",), keeps=("permutation", "linear", "simplex")),
+    row(mtl.uw_so, needs=("positive losses",), keeps=("permutation", "linear", "simplex")),
     row(
         mtl.dwa,
         kwargs={"steps_per_epoch": 1},
@@ -140,6 +169,28 @@ CASES = (
     ),
     # -- Loss weightings that learn or remember ----------------------------------------------------------------------
     row(mtl.gradnorm, needs=("losses",), keeps=("permutation", "sum"), optax_inside=True),
+    row(
+        mtl.imtl_l,
+        kwargs={"optimizer": optax.sgd(0.1)},
+        needs=("losses",),
+        keeps=("permutation", "linear"),
+    ),
+    row(
+        mtl.dtp,
+        needs=("kpis",),
+        alone=lambda g, loss: (1 - np.exp(-loss)) * loss * g,
+        keeps=("permutation", "linear"),
+    ),
+    row(mtl.cov_weighting, needs=("positive losses",), keeps=("permutation", "linear", "simplex")),
+    row(mtl.slaw, needs=("losses",), keeps=("permutation", "linear", "sum")),
+    row(
+        mtl.igb,
+        kwargs={"steps_per_epoch": 1},
+        static=("steps_per_epoch",),
+        needs=("positive losses",),
+        alone=lambda g, loss: g / loss,
+        keeps=("permutation", "linear"),
+    ),
     # -- Weightings from the Gramian ---------------------------------------------------------------------------------
     row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
     row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
@@ -162,6 +213,28 @@ CASES = (
         keeps=("permutation", "non-conflicting", "stationary"),
     ),
     row(mtl.edm, keeps=("permutation", "non-conflicting", "task-scale", "simplex", "stationary")),
+    row(mtl.dual_proj, keeps=("permutation", "non-conflicting", "stationary")),
+    row(mtl.upgrad, keeps=("permutation", "non-conflicting", "linear", "stationary")),
+    row(
+        mtl.nash_mtl,
+        alone=unit_step,
+        scale=0,
+        keeps=("permutation", "non-conflicting", "task-scale"),
+    ),
+    row(
+        mtl.nash_mtl,
+        "preference",
+        kwargs={"preference": lambda num_tasks: 2.0 * jnp.ones(num_tasks), "max_norm": None},
+        alone=lambda g, loss: np.sqrt(2) * unit_step(g, loss),
+        scale=0,
+        keeps=("permutation",),
+    ),
+    row(
+        mtl.fairgrad,
+        alone=lambda g, loss: np.linalg.norm(g) ** (-4 / 3) * g,
+        scale=-1 / 3,
+        keeps=("permutation", "non-conflicting"),
+    ),
     row(
         mtl.cdtt,
         kwargs={"window": 2},

@@ -2,6 +2,7 @@
 
 import hypothesis
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 import jax
 from jax import numpy as jnp
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 
 from optax_mtl import _solvers
 
-KINDS = ("gaussian", "conflicting", "badly scaled", "parallel", "low rank", "duplicate", "zero row")
+KINDS = ("gaussian", "conflicting", "badly scaled", "parallel", "low rank", "duplicate", "zero row", "stationary")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+up_to_64 = pytest.mark.parametrize("num_tasks", [1, 2, 3, 8, 16, 64])
 
 
 def gradients(kind, num_tasks, seed):
@@ -29,25 +32,159 @@ def gradients(kind, num_tasks, seed):
         matrix[-1] = matrix[0]
     elif kind == "zero row":
         matrix[num_tasks // 2] = 0
+    elif kind == "stationary":
+        matrix[-1] = -matrix[:-1].sum(0) / 2
     return matrix.astype(np.float32)
 
 
-min_norm_point = jax.jit(_solvers.min_norm_point)
-worst_case_in_ball = jax.jit(_solvers.worst_case_in_ball)
+def unit(matrix):
+    """The gradients in float64, of unit length (or zero), their lengths, and the cosines between them."""
+    matrix = matrix.astype(np.float64)
+    norms = np.linalg.norm(matrix, axis=1)
+    unit = matrix / np.where(norms > 0, norms, 1)[:, None]
+    return unit, norms, unit @ unit.T
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 3, 8, 16])
-@pytest.mark.parametrize("kind", KINDS)
+def gramian(matrix):
+    return jnp.asarray(matrix @ matrix.T)
+
+
+min_norm_point = jax.jit(lambda gramian, allowed: _solvers.min_norm_point(gramian, allowed)[0])
+worst_case_in_ball = jax.jit(lambda *arguments: _solvers.worst_case_in_ball(*arguments)[0])
+solvers = {
+    "min-norm point": jax.jit(_solvers.min_norm_point),
+    "dual cone": jax.jit(_solvers.project_on_dual_cone),
+    "log barrier": jax.jit(_solvers.log_barrier_point),
+    "ball": jax.jit(_solvers.worst_case_in_ball),
+}
+
+# -- Optimality conditions, in float64 from the gradients; every solver's own residual says the same -----------------
+# What is compared are inner products with unit gradients, relative to the lengths of what the direction is made of:
+# nothing hides behind a task with a large gradient.
+
+TOLERANCE = 1e-5
+
+
+@up_to_64
+@every_kind
 def test_min_norm_point_meets_its_optimality_conditions(kind, num_tasks):
     for seed in range(9):
         matrix = gradients(kind, num_tasks, seed)
-        gramian = jnp.asarray(matrix @ matrix.T)
-        weights = np.asarray(min_norm_point(gramian, jnp.ones(num_tasks, bool)), np.float64)
-        exact = matrix.astype(np.float64) @ matrix.T.astype(np.float64)
-        gap = weights @ exact @ weights - (exact @ weights).min()  # of Frank and Wolfe: 0 at the optimum
+        weights, residual = solvers["min-norm point"](gramian(matrix), jnp.ones(num_tasks, bool))
+        weights = np.asarray(weights, np.float64)
+        _, norms, cosines = unit(matrix)
+        lengths = weights * norms
+        square = lengths @ cosines @ lengths
         assert np.all(weights >= 0)
         np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
-        assert gap <= 1e-5 * np.diag(exact).max()
+        short = square - norms * (cosines @ lengths)  # |d|^2 - <g_i, d>, not positive
+        assert np.all(short <= TOLERANCE * norms * lengths.sum())
+        assert residual <= TOLERANCE
+
+
+@up_to_64
+@every_kind
+def test_projection_on_the_dual_cone_meets_its_optimality_conditions(kind, num_tasks):
+    for seed in range(9):
+        matrix = gradients(kind, num_tasks, seed)
+        _, norms, cosines = unit(matrix)
+        mean, first = np.full(num_tasks, 1 / num_tasks), np.eye(num_tasks)[seed % num_tasks]
+        for point in (mean, first):
+            weights, residual = solvers["dual cone"](
+                gramian(matrix), jnp.asarray(point, jnp.float32), jnp.ones(num_tasks, bool)
+            )
+            moved = np.asarray(weights, np.float64) - np.float32(point)
+            lengths = norms * np.asarray(weights, np.float64)
+            products = cosines @ lengths
+            assert np.all(moved >= 0)
+            assert np.all(products >= -TOLERANCE * lengths.sum())
+            assert np.all((moved == 0) | (products <= TOLERANCE * lengths.sum()))
+            assert residual <= TOLERANCE
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+@up_to_64
+@every_kind
+def test_log_barrier_point_solves_its_equation(kind, num_tasks, exponent):
+    solved = 0
+    for seed in range(9):
+        matrix = gradients(kind, num_tasks, seed)
+        _, norms, cosines = unit(matrix)
+        preference = 1 + np.arange(num_tasks) / num_tasks
+        weights, residual = solvers["log barrier"](
+            gramian(matrix), jnp.asarray(preference, jnp.float32), exponent, jnp.ones(num_tasks, bool)
+        )
+        assert residual <= TOLERANCE
+        weights = np.asarray(weights, np.float64)
+        if not weights.any():  # no solution: some combination of the unit gradients vanishes, but for rounding
+            shares = np.asarray(min_norm_point(jnp.asarray(cosines, jnp.float32), jnp.asarray(norms > 0)), np.float64)
+            assert np.sqrt(max(shares @ cosines @ shares, 0)) <= 3e-3
+            continue
+        solved += 1
+        counts = norms > 0
+        assert np.all((weights > 0) == counts)
+        lengths = (weights * norms)[counts]
+        products = cosines[np.ix_(counts, counts)] @ lengths
+        gains = preference[counts] * weights[counts] ** -exponent / norms[counts]
+        assert np.all(np.abs(products - gains) <= TOLERANCE * lengths.sum())
+    assert solved > 0 or kind in ("stationary", "low rank") or num_tasks == 64 or (kind, num_tasks) == ("zero row", 1)
+
+
+@pytest.mark.parametrize("radius", [0.4, 1.0])
+@up_to_64
+@every_kind
+def test_worst_case_in_ball_meets_its_optimality_conditions(kind, num_tasks, radius):
+    for seed in range(9):
+        matrix = gradients(kind, num_tasks, seed)
+        _, norms, cosines = unit(matrix)
+        mean = np.full(num_tasks, 1 / num_tasks)
+        step, residual = solvers["ball"](
+            gramian(matrix), jnp.asarray(mean, jnp.float32), jnp.float32(radius), jnp.ones(num_tasks, bool)
+        )
+        assert residual <= TOLERANCE
+        lengths = norms * np.asarray(step, np.float64)
+        size = lengths.sum() + norms.mean()
+        assert np.all(lengths >= 0)
+        assert np.sqrt(lengths @ cosines @ lengths) <= radius * np.linalg.norm(matrix.mean(0)) + TOLERANCE * size
+        products = cosines @ (lengths + norms * mean)  # M (mean + step), each divided by the norm
+        if lengths.any():
+            inverse = np.where(norms > 0, 1 / np.where(norms > 0, norms, 1), 0)
+            level = (lengths @ products) / (lengths @ inverse)
+            over = products - level * inverse
+            assert np.all((over >= -TOLERANCE * size) | (norms == 0))
+            assert np.all((over <= TOLERANCE * size) | (lengths == 0))
+
+
+adversarial = hnp.arrays(
+    np.float32,
+    (4, 5),
+    elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False) | st.sampled_from([0.0, 1.0, -1.0, 1e-6, -1e-6]),
+)
+
+
+@hypothesis.given(matrix=adversarial)
+@hypothesis.settings(max_examples=200)
+def test_whatever_the_gradients_every_solver_is_exact(matrix):
+    everyone, ones = jnp.ones(4, bool), jnp.ones(4)
+    for name, arguments in {
+        "min-norm point": (everyone,),
+        "dual cone": (ones / 4, everyone),
+        "log barrier": (ones, 1.0, everyone),
+        "ball": (ones / 4, jnp.float32(0.5), everyone),
+    }.items():
+        solution, residual = solvers[name](gramian(matrix), *arguments)
+        assert np.isfinite(solution).all(), name
+        assert residual <= TOLERANCE, name
+
+
+def test_nonnegative_quadratic_tells_when_there_is_no_minimum():
+    solve = jax.jit(_solvers.nonnegative_quadratic)
+    matrix = jnp.array([[4.0, -2.0], [-2.0, 1.0]])  # x = (1, 2) costs nothing
+    _, residual = solve(matrix, jnp.array([1.0, 1.0]), jnp.ones(2, bool))
+    assert residual > 1e-3
+    x, residual = solve(jnp.array([[4.0, -1.0], [-1.0, 1.0]]), jnp.array([-1.0, 1.0]), jnp.ones(2, bool))
+    np.testing.assert_allclose(x, [0, 1], atol=1e-6)
+    assert residual < 1e-6
 
 
 @pytest.mark.parametrize(("num_tasks", "rank", "size"), [(8, 8, 3), (8, 4, 50), (16, 16, 8), (16, 8, 50), (32, 16, 50)])
@@ -110,7 +247,7 @@ def test_a_zero_gradient_is_the_min_norm_point():
 
 @pytest.mark.parametrize("radius", [0.1, 0.4, 1.0])
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 8, 16])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("low rank", "zero row")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("low rank", "zero row", "stationary")])
 def test_worst_case_in_ball_closes_the_duality_gap(kind, num_tasks, radius):
     for seed in range(9):
         matrix = gradients(kind, num_tasks, seed)

@@ -25,10 +25,14 @@ def cagrad_weights(
       `(T,)`, non-negative.
     """
     present = jnp.ones(gramian.shape[0], bool) if present is None else present
+    return _solve(gramian, c, rescale, present)[0]
+
+
+def _solve(gramian: jax.Array, c: _base.Scalar, rescale: int, present: jax.Array) -> _solvers.Solution:
     c = jnp.asarray(c, gramian.dtype)
     mean = _base.equal_weights(present, gramian.dtype)
-    step = _solvers.worst_case_in_ball(gramian, mean, c, present)
-    return (mean + step) / jnp.stack([jnp.ones_like(c), 1 + c**2, 1 + c])[rescale]
+    step, residual = _solvers.worst_case_in_ball(gramian, mean, c, present)
+    return (mean + step) / jnp.stack([jnp.ones_like(c), 1 + c**2, 1 + c])[rescale], residual
 
 
 def cagrad(num_tasks: int, *, c: _base.Scalar = 0.5, rescale: int = 1) -> optax.GradientTransformationExtraArgs:
@@ -69,7 +73,10 @@ def cagrad(num_tasks: int, *, c: _base.Scalar = 0.5, rescale: int = 1) -> optax.
     _base.check_number("c", c, 0)
     rescale = _base.check_int("rescale", rescale, 0, 2)
 
-    def rule(gramian: jax.Array, state: Any, *, present: jax.Array, **_: Any) -> tuple[jax.Array, Any]:
-        return cagrad_weights(gramian, c=c, rescale=rescale, present=present), state
+    def rule(
+        gramian: jax.Array, state: _solvers.Solved, *, present: jax.Array, **_: Any
+    ) -> tuple[jax.Array, _solvers.Solved]:
+        weights, residual = _solve(gramian, c, rescale, present)
+        return weights, _solvers.Solved(residual)
 
-    return weighting("cagrad", num_tasks, rule)
+    return weighting("cagrad", num_tasks, rule, _solvers.Solved.init)

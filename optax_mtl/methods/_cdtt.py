@@ -17,11 +17,13 @@ class CDTTState(NamedTuple):
       norms: `(T, window)` ring buffer of each task's last gradient norms.
       last_sum: `(T,)` sum of the window one step ago.
       steps: `(T,)` int32, steps in which the task took part.
+      residual: () by how much the central direction fails its optimality conditions, relative.
     """
 
     norms: jax.Array
     last_sum: jax.Array
     steps: jax.Array
+    residual: jax.Array
 
 
 def cdtt_tension(norm_ratio: jax.Array, losses: jax.Array, alpha: _base.Scalar = 0.3) -> jax.Array:
@@ -136,7 +138,10 @@ def cdtt(
 
     def init(dtype: jnp.dtype, params: _base.Params) -> CDTTState:
         return CDTTState(
-            jnp.zeros((num_tasks, window), dtype), jnp.zeros(num_tasks, dtype), jnp.zeros(num_tasks, jnp.int32)
+            norms=jnp.zeros((num_tasks, window), dtype),
+            last_sum=jnp.zeros(num_tasks, dtype),
+            steps=jnp.zeros(num_tasks, jnp.int32),
+            residual=jnp.zeros((), dtype),
         )
 
     def rule(
@@ -149,13 +154,13 @@ def cdtt(
         window_sum, last_sum = jnp.sum(buffer, axis=1), state.last_sum
         ratio = jnp.where(last_sum > 0, window_sum / jnp.where(last_sum > 0, last_sum, 1), 1).astype(gramian.dtype)
 
-        central = _solvers.central_weights(gramian, present)
+        central, residual = _solvers.central_weights(gramian, present)
         pulls = present & (norms > 0) & (steps > window)  # the window is full, and was full one step ago
         length = jnp.where(pulls, cdtt_tension(ratio, losses, alpha), 0)
         if tension == "relative":
             length = length * jnp.sqrt(jnp.maximum(central @ gramian @ central, 0))
         weights = cdtt_weights(gramian, central, length, passes=passes)
-        new = CDTTState(buffer, window_sum, steps)
-        return weights, _base.where_present(present, new, state)
+        kept = _base.where_present(present, (buffer, window_sum, steps), state[:3])
+        return weights, CDTTState(*kept, residual)
 
     return weighting("cdtt", num_tasks, rule, init, needs_losses=True, positive_losses=True)

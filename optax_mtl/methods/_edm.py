@@ -20,7 +20,8 @@ def edm_weights(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.
     Returns:
       `(T,)`, non-negative, summing to one; all zero if no gradient is left.
     """
-    return _solvers.central_weights(gramian, jnp.ones(gramian.shape[0], bool) if present is None else present)
+    present = jnp.ones(gramian.shape[0], bool) if present is None else present
+    return _solvers.central_weights(gramian, present)[0]
 
 
 def edm(num_tasks: int) -> optax.GradientTransformationExtraArgs:
@@ -55,7 +56,10 @@ def edm(num_tasks: int) -> optax.GradientTransformationExtraArgs:
       A task whose gradient is zero is left out (the authors' formula divides by its norm).
     """
 
-    def rule(gramian: jax.Array, state: Any, *, present: jax.Array, **_: Any) -> tuple[jax.Array, Any]:
-        return edm_weights(gramian, present=present), state
+    def rule(
+        gramian: jax.Array, state: _solvers.Solved, *, present: jax.Array, **_: Any
+    ) -> tuple[jax.Array, _solvers.Solved]:
+        weights, residual = _solvers.central_weights(gramian, present)
+        return weights, _solvers.Solved(residual)
 
-    return weighting("edm", num_tasks, rule)
+    return weighting("edm", num_tasks, rule, _solvers.Solved.init)

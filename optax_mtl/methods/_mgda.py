@@ -24,7 +24,7 @@ def mgda_weights(gramian: jax.Array, *, present: jax.Array | None = None) -> jax
     """
     if present is None:
         present = jnp.ones(gramian.shape[0], bool)
-    return _solvers.min_norm_point(gramian, present)
+    return _solvers.min_norm_point(gramian, present)[0]
 
 
 def mgda(num_tasks: int, *, normalization: str = "none") -> optax.GradientTransformationExtraArgs:
@@ -72,14 +72,17 @@ def mgda(num_tasks: int, *, normalization: str = "none") -> optax.GradientTransf
     uses_losses = normalization.startswith("loss")
 
     def rule(
-        gramian: jax.Array, state: Any, *, present: jax.Array, losses: jax.Array | None, **_: Any
-    ) -> tuple[jax.Array, Any]:
+        gramian: jax.Array, state: _solvers.Solved, *, present: jax.Array, losses: jax.Array | None, **_: Any
+    ) -> tuple[jax.Array, _solvers.Solved]:
         unit, lengths = _solvers.cosines(gramian)
         if normalization in ("l2", "loss+"):
             lengths = (lengths > 0).astype(lengths.dtype)
         if uses_losses and losses is not None:
             lengths = lengths / jnp.where(losses > 0, losses, 1)
         lengths = lengths * _solvers.reciprocal(jnp.max(lengths))  # only their ratios matter
-        return mgda_weights(_solvers.scaled(unit, lengths), present=present), state
+        weights, residual = _solvers.min_norm_point(_solvers.scaled(unit, lengths), present)
+        return weights, _solvers.Solved(residual)
 
-    return weighting("mgda", num_tasks, rule, needs_losses=uses_losses, positive_losses=uses_losses)
+    return weighting(
+        "mgda", num_tasks, rule, _solvers.Solved.init, needs_losses=uses_losses, positive_losses=uses_losses
+    )
