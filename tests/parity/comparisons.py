@@ -238,17 +238,18 @@ class Row:
         return f"{self.method}-{self.peer}-{self.config}"
 
 
-ROWS: list[Row] = []
+def table():
+    """An empty table, and the decorator that enters a function which returns `Answers` in it."""
+    rows: list[Row] = []
 
+    def row(method, peer, config, tolerance, note="", *, exact=1e-10):
+        def enter(answers):
+            rows.append(Row(method, peer, config, functools.cache(answers), tolerance, note, exact))
+            return answers
 
-def row(method, peer, config, tolerance, note="", *, exact=1e-10):
-    """Enters a function that returns `Answers` in the table."""
+        return enter
 
-    def enter(answers):
-        ROWS.append(Row(method, peer, config, functools.cache(answers), tolerance, note, exact))
-        return answers
-
-    return enter
+    return rows, row
 
 
 def relative(distance, scale):

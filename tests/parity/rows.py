@@ -23,14 +23,15 @@ from parity.comparisons import (
     MATRICES,
     MOST,
     relative,
-    row,
-    ROWS as ROWS,
     run,
     RUNS,
     SHORT_RUNS,
     STEPS,
+    table,
 )
 from parity.records import gramian, inner, mix, norm
+
+ROWS, row = table()
 
 LIBMTL_LOSSES = RUNS("losses").reshape(-1, MOST)  # of STEPS
 
@@ -443,21 +444,36 @@ def bargaining_residual(cases, weights, alpha=1.0):
     return np.where(norm(cases.grads) > 0, residual, 0).max(-1)
 
 
+def solvable():
+    """Whether the tasks of MATRICES have a common descent direction, which a solution takes, and no gradient is zero."""
+    norms = np.where(MATRICES.present, norm(MATRICES.grads), np.inf).min(-1)
+    return (norms > 0) & (norm(MATRICES("exact.minnorm")) > 1e-6 * norms)
+
+
+def bargain(cases, ours, theirs, alpha=1.0):
+    """Both weights, where the peer solved its equation; of MATRICES, the residuals too, where there is a solution."""
+    residuals = tuple(bargaining_residual(cases, weights, alpha) for weights in (ours, theirs))
+    errors = tuple(np.where(solvable(), residual, np.nan) for residual in residuals) if cases is MATRICES else None
+    trusted = residuals[1] < 1e-5
+    return Answers(cases, mix(ours, cases.grads), mix(theirs, cases.grads), trusted=trusted, errors=errors)
+
+
 def fairgrad(alpha):
     return mtl.fairgrad(MOST, alpha=alpha)
 
 
 def fair(cases, field, alpha):
-    updates, weights = first_step(fairgrad, cases, np.full(len(cases), alpha))
-    theirs = cases(field)
-    residuals = bargaining_residual(cases, weights, alpha), bargaining_residual(cases, theirs, alpha)
-    return Answers(cases, updates, mix(theirs, cases.grads), trusted=residuals[1] < 1e-5)
+    _, ours = first_step(fairgrad, cases, np.full(len(cases), alpha))
+    return bargain(cases, ours, cases(field), alpha)
 
 
-_RESIDUAL = "left out: where the peer stopped before it was there, with a residual of 1e-5 and more"
+_RESIDUAL = (
+    "left out: where the peer stopped early, with a residual of 1e-5 and more; error: the residual, where there is a "
+    "solution"
+)
 
 
-@row("fairgrad", "TorchJD", "FairGrad.alpha0.5", 1e-4, _RESIDUAL)
+@row("fairgrad", "TorchJD", "FairGrad.alpha0.5", 1e-4, _RESIDUAL, exact=1e-8)
 def _():
     return fair(MATRICES, "torchjd.FairGrad.alpha0.5", 0.5)
 
@@ -472,12 +488,12 @@ def _():
     return fair(MATRICES, "torchjd.FairGrad.alpha2", 2.0)
 
 
-@row("fairgrad", "LibMTL", "FairGrad.alpha1", 1e-4, _RESIDUAL)
+@row("fairgrad", "LibMTL", "FairGrad.alpha1", 1e-4, "left out: as above")
 def _():
     return fair(STEPS, "libmtl.FairGrad.alpha1", 1.0)
 
 
-@row("fairgrad", "LibMTL", "FairGrad.alpha2", 1e-4, _RESIDUAL)
+@row("fairgrad", "LibMTL", "FairGrad.alpha2", 1e-4, "left out: as above")
 def _():
     return fair(STEPS, "libmtl.FairGrad.alpha2", 2.0)
 
@@ -716,26 +732,44 @@ def _():
 # -- Nash-MTL --------------------------------------------------------------------------------------------------------
 
 
-def nash(cases, grads, max_norm, solve_every=1):
-    options = {"max_norm": max_norm, "update_every": solve_every}
-    updates, state = run(lambda: mtl.nash_mtl(MOST, **options), grads, cases.present)
-    return np.asarray(updates), np.asarray(state.task_weights)
+def nash_unlimited():
+    return mtl.nash_mtl(MOST, max_norm=None)
+
+
+def nash():
+    return mtl.nash_mtl(MOST)
 
 
 @row("nash_mtl", "TorchJD", "NashMTL.max_norm0", 1e-4, _RESIDUAL)
 def _():
-    updates, _ = nash(MATRICES, MATRICES.grads[:, None], 0.0)
-    theirs = MATRICES("torchjd.NashMTL.max_norm0")
-    solved = bargaining_residual(MATRICES, theirs) < 1e-5
-    return Answers(MATRICES, updates[:, 0], mix(theirs, MATRICES.grads), trusted=solved)
+    _, ours = first_step(nash_unlimited, MATRICES)
+    return bargain(MATRICES, ours, MATRICES("torchjd.NashMTL.max_norm0"))
 
 
-@row("nash_mtl", "TorchJD", "NashMTL.max_norm1", 1e-4, _RESIDUAL)
+@row("nash_mtl", "TorchJD", "NashMTL.max_norm1", 1e-4, "left out: as above")
 def _():
-    updates, _ = nash(MATRICES, MATRICES.grads[:, None], 1.0)
+    ours, _ = first_step(nash, MATRICES)
     solved = bargaining_residual(MATRICES, MATRICES("torchjd.NashMTL.max_norm0")) < 1e-5
     theirs = mix(MATRICES("torchjd.NashMTL.max_norm1"), MATRICES.grads)
-    return Answers(MATRICES, updates[:, 0], theirs, trusted=solved)
+    return Answers(MATRICES, ours, theirs, trusted=solved)
+
+
+def nash_steps(method, theirs, unlimited, *, tolerance=1e-5):
+    """Every step of RUNS; what is remembered of the last one is no more than where to start from."""
+    ours, _ = first_step(method, STEPS)
+    solved = bargaining_residual(RUNS, RUNS(unlimited)) < tolerance
+    return Answers(RUNS, ours.reshape(RUNS.grads[:, :, 0].shape), theirs, trusted=solved)
+
+
+@row("nash_mtl", "LibMTL", "Nash_MTL.max_norm0", 1e-4, "float32 weights; left out: as above, but 1e-4")
+def _():
+    field = "libmtl.Nash_MTL.max_norm0"
+    return nash_steps(nash_unlimited, mix(RUNS(field), RUNS.grads), field, tolerance=1e-4)
+
+
+@row("nash_mtl", "LibMTL", "Nash_MTL.max_norm1", 1e-4, "as above; it adds 1e-6 to the norm that it clips")
+def _():
+    return nash_steps(nash, RUNS("libmtl.Nash_MTL.max_norm1"), "libmtl.Nash_MTL.max_norm0", tolerance=1e-4)
 
 
 # -- CR-MOGM, PCD ----------------------------------------------------------------------------------------------------
@@ -775,32 +809,53 @@ def _():
     return Answers(RUNS, updates, theirs, largest(RUNS), exact)
 
 
-def pcd(cases, grads, tau, beta):
-    return run(lambda: mtl.pcd(MOST, tau=tau, beta=beta), grads, cases.present)[0]
+def first_pcd(tau):
+    def weigh(matrix, present):
+        sizes = jnp.sqrt(jnp.diagonal(matrix) + 1e-8)
+        return mtl.pcd_weights(matrix, sizes, jnp.arange(MOST) == 0, tau=tau, present=present)
+
+    ours = mix(apply(weigh, gramian(MATRICES.grads), MATRICES.present), MATRICES.grads)
+    return Answers(MATRICES, ours, mix(MATRICES(f"torchjd.PCD.tau{tau}"), MATRICES.grads))
 
 
-@row("pcd", "TorchJD", "PCD.tau0.02", 1e-6)
+_FIRST_PCD = "given the sizes that it divides by, with 1e-8 in them"
+
+
+@row("pcd", "TorchJD", "PCD.tau0.02", 1e-6, _FIRST_PCD)
 def _():
-    ours = np.asarray(pcd(MATRICES, MATRICES.grads[:, None], 0.02, 0.999))[:, 0]
-    return Answers(MATRICES, ours, mix(MATRICES("torchjd.PCD.tau0.02"), MATRICES.grads))
+    return first_pcd(0.02)
 
 
-@row("pcd", "TorchJD", "PCD.tau0.3", 1e-6)
+@row("pcd", "TorchJD", "PCD.tau0.3", 1e-6, _FIRST_PCD)
 def _():
-    ours = np.asarray(pcd(MATRICES, MATRICES.grads[:, None], 0.3, 0.999))[:, 0]
-    return Answers(MATRICES, ours, mix(MATRICES("torchjd.PCD.tau0.3"), MATRICES.grads))
+    return first_pcd(0.3)
 
 
-@row("pcd", "TorchJD", "PCD.default", 1e-6)
+@row("update_every", "TorchJD", "NashMTL.every2", 1e-4, "of `nash_mtl`; left out: where theirs stopped early, as above")
 def _():
-    ours = pcd(RUNS, RUNS.grads, 0.02, 0.999)
-    return Answers(RUNS, ours, mix(RUNS("torchjd.PCD.default"), RUNS.grads))
+    updates, _ = run(lambda: mtl.update_every(MOST, nash_unlimited(), every=2), RUNS.grads, RUNS.present)
+    theirs = RUNS("torchjd.NashMTL.every2")
+    solved = bargaining_residual(RUNS, theirs) < 1e-5
+    solved[:, 1::2] = solved[:, :-1:2]  # the steps in between have the weights of those before
+    return Answers(RUNS, updates, mix(theirs, RUNS.grads), trusted=solved)
 
 
-@row("pcd", "TorchJD", "PCD.tau0.3.beta0.5", 1e-6)
+def pcd(tau, beta, field):
+    ours, _ = run(lambda: mtl.pcd(MOST, tau=tau, beta=beta), RUNS.grads, RUNS.present)
+    return Answers(RUNS, ours, mix(RUNS(field), RUNS.grads), trusted=~badly_scaled(RUNS))
+
+
+_PCD = "left out: bad scaling, where the 1e-8 that it adds to squared norms counts"
+
+
+@row("pcd", "TorchJD", "PCD.default", 1e-6, _PCD)
 def _():
-    ours = pcd(RUNS, RUNS.grads, 0.3, 0.5)
-    return Answers(RUNS, ours, mix(RUNS("torchjd.PCD.tau0.3.beta0.5"), RUNS.grads))
+    return pcd(0.02, 0.999, "torchjd.PCD.default")
+
+
+@row("pcd", "TorchJD", "PCD.tau0.3.beta0.5", 1e-6, _PCD)
+def _():
+    return pcd(0.3, 0.5, "torchjd.PCD.tau0.3.beta0.5")
 
 
 # -- Functions of the losses -----------------------------------------------------------------------------------------
@@ -991,3 +1046,26 @@ def _():
 @row("trimmed_mean", "TorchJD", "TrimmedMean.2", 1e-13)
 def _():
     return trimmed(2)
+
+
+def tracked(method, field):
+    updates, _ = learn(method)
+    return Answers(SHORT_RUNS, updates, SHORT_RUNS(field), trusted=~badly_scaled(SHORT_RUNS))
+
+
+_ADDED = "left out: bad scaling, where the 1e-8 that it adds to norms and losses counts (up to 1e-3)"
+
+
+@row("moco", "LibMTL", "MoCo", 1e-6, f'`mapping="softmax", prenorm=True`; {_ADDED}')
+def _():
+    return tracked(lambda: mtl.moco(MOST, mapping="softmax", prenorm=True), "libmtl.MoCo")
+
+
+@row("db_mtl", "LibMTL", "DB_MTL.b0.9.s0", 1e-5, _ADDED)
+def _():
+    return tracked(lambda: mtl.db_mtl(MOST, beta=0.9, beta_sigma=0.0), "libmtl.DB_MTL.b0.9.s0")
+
+
+@row("db_mtl", "LibMTL", "DB_MTL.b0.9.s0.5", 1e-5, _ADDED)
+def _():
+    return tracked(lambda: mtl.db_mtl(MOST, beta=0.9, beta_sigma=0.5), "libmtl.DB_MTL.b0.9.s0.5")
