@@ -445,7 +445,7 @@ def bargaining_residual(cases, weights, alpha=1.0):
 
 
 def solvable():
-    """Whether the tasks of MATRICES have a common descent direction, which a solution takes, and no gradient is zero."""
+    """Whether a common descent direction, which a solution takes, is there for MATRICES, and no gradient is zero."""
     norms = np.where(MATRICES.present, norm(MATRICES.grads), np.inf).min(-1)
     return (norms > 0) & (norm(MATRICES("exact.minnorm")) > 1e-6 * norms)
 
@@ -1069,3 +1069,49 @@ def _():
 @row("db_mtl", "LibMTL", "DB_MTL.b0.9.s0.5", 1e-5, _ADDED)
 def _():
     return tracked(lambda: mtl.db_mtl(MOST, beta=0.9, beta_sigma=0.5), "libmtl.DB_MTL.b0.9.s0.5")
+
+
+def excess(step_size, warmup=0):
+    """Weights that sum to one."""
+    method = lambda: mtl.excess_mtl(MOST, step_size=step_size, warmup_steps=warmup)
+    _, state = run(method, SHORT_RUNS.grads, SHORT_RUNS.present)
+    return np.asarray(state.task_weights) / SHORT_RUNS.present.sum(-1)[:, None, None]
+
+
+def without_zero_rows(cases):
+    return np.broadcast_to((cases.kind != "zero_row")[:, None], cases.grads.shape[:-2])
+
+
+_EXCESS = "sum to `T` here and to one there; "
+_EXCESS_EPS = "left out: zero rows, and bad scaling, where the 1e-7 that it adds to sums of squares counts"
+_EXCESS_FIRST = "times those of its first step, which it takes by the excess risks themselves; "
+
+
+def excess_torchjd(config, step_size, warmup=0):
+    ours, theirs = excess(step_size, warmup), SHORT_RUNS(f"torchjd.{config}")
+    if not warmup:
+        ours = ours * theirs[:, :1]
+        ours /= ours.sum(-1, keepdims=True)
+    return Answers(SHORT_RUNS, ours, theirs, trusted=without_zero_rows(SHORT_RUNS) & ~badly_scaled(SHORT_RUNS))
+
+
+@row("excess_mtl", "TorchJD", "ExcessMTL.step1", 1e-5, _EXCESS + _EXCESS_FIRST + _EXCESS_EPS)
+def _():
+    return excess_torchjd("ExcessMTL.step1", 1.0)
+
+
+@row("excess_mtl", "TorchJD", "ExcessMTL.step0.01", 1e-5, _EXCESS + _EXCESS_FIRST + _EXCESS_EPS)
+def _():
+    return excess_torchjd("ExcessMTL.step0.01", 0.01)
+
+
+@row("excess_mtl", "TorchJD", "ExcessMTL.warm2", 1e-5, _EXCESS + _EXCESS_EPS)
+def _():
+    return excess_torchjd("ExcessMTL.warm2", 0.1, 2)
+
+
+@row("excess_mtl", "LibMTL", "ExcessMTL", 1e-5, _EXCESS_EPS)
+def _():
+    ours = excess(0.01) * SHORT_RUNS.present.sum(-1)[:, None, None]
+    trusted = without_zero_rows(SHORT_RUNS) & ~badly_scaled(SHORT_RUNS)
+    return Answers(SHORT_RUNS, ours, SHORT_RUNS("libmtl.ExcessMTL"), trusted=trusted)
