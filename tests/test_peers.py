@@ -27,22 +27,27 @@ class Peer:
     """One method of ours and one of theirs.
 
     Attributes:
-      ours: from the number of tasks to a transformation.
-      theirs: from the library and the number of tasks to a function of a step's inputs, which returns the update.
+      method: our name.
+      theirs: from torch and the number of tasks to a function of the inputs and a step, which returns the update.
+      options: our hyper-parameters; or a function of the number of tasks that returns them.
       tolerance: relative to the norm of the mean gradient.
       tasks: numbers of tasks to compare for.
       given: further arguments of our update, from the inputs and the number of the step.
     """
 
-    name: str
-    ours: Callable
+    method: str
     theirs: Callable
+    options: dict | Callable = dataclasses.field(default_factory=dict)
     tolerance: float = 1e-10
     tasks: tuple[int, ...] = (2, 4)
     given: Callable = lambda inputs, k: {}
 
     def __str__(self):
-        return self.name
+        return self.method
+
+    def ours(self, num_tasks):
+        options = self.options(num_tasks) if callable(self.options) else self.options
+        return getattr(mtl, self.method)(num_tasks, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +70,7 @@ def aggregator(make):
     """An aggregator of TorchJD, made of its module `aggregation` and the number of tasks."""
 
     def theirs(torch, num_tasks):
-        aggregation = pytest.importorskip("torchjd.aggregation", reason="pip install 'torchjd[full]'")
+        aggregation = pytest.importorskip("torchjd.aggregation", reason="pip install '.[peers]'")
         aggregate = make(aggregation, num_tasks)
         return lambda inputs, k: aggregate(torch.tensor(inputs.grads[k])).numpy()
 
@@ -76,7 +81,7 @@ def scalarizer(make, learn=lambda torch, scalarizer: lambda inputs, k: None):
     """A scalarizer of TorchJD; its weights are the derivatives of the scalarized loss. `learn` makes its own step."""
 
     def theirs(torch, num_tasks):
-        scalarization = pytest.importorskip("torchjd.scalarization", reason="pip install torchjd")
+        scalarization = pytest.importorskip("torchjd.scalarization", reason="pip install '.[peers]'")
         scalarize = make(scalarization, num_tasks)
         after_step = learn(torch, scalarize)
 
@@ -91,7 +96,10 @@ def scalarizer(make, learn=lambda torch, scalarizer: lambda inputs, k: None):
     return theirs
 
 
-def sgd(torch, scalarizer):
+# What is done after each step of a scalarizer.
+
+
+def descend(torch, scalarizer):
     """TorchJD's learned scalarizers leave the step to the network's optimiser."""
     optimizer = torch.optim.SGD(scalarizer.parameters(), lr=0.1)
 
@@ -102,11 +110,22 @@ def sgd(torch, scalarizer):
     return step
 
 
+def end_epoch(torch, scalarizer):
+    return lambda inputs, k: scalarizer.step()
+
+
+def look(torch, scalarizer):
+    return lambda inputs, k: scalarizer.update(torch.tensor(inputs.losses_after[k]))
+
+
+SGD = {"optimizer": optax.sgd(0.1)}
+
+
 def operator(make):
     """An operator of conflictfree."""
 
     def theirs(torch, num_tasks):
-        operators = pytest.importorskip("conflictfree.grad_operator", reason="pip install conflictfree")
+        operators = pytest.importorskip("conflictfree.grad_operator", reason="pip install '.[peers]'")
         calculate = make(operators).calculate_gradient
         return lambda inputs, k: calculate(torch.tensor(inputs.grads[k])).numpy()
 
@@ -127,132 +146,70 @@ def hardly_regularised():
     return QuadprogProjector(norm_eps=1e-12, reg_eps=1e-10)
 
 
+def equal(num_tasks):
+    import torch
+
+    return torch.full((num_tasks,), 1 / num_tasks)
+
+
 PEERS = [
-    Peer(
-        "mean",
-        lambda n: mtl.linear_scalarization(n, reduction="mean"),
-        aggregator(lambda aggregation, n: aggregation.Mean()),
-    ),
-    Peer("sum", mtl.linear_scalarization, aggregator(lambda aggregation, n: aggregation.Sum())),
-    # Its Frank-Wolfe is exact for two.
-    Peer("mgda", mtl.mgda, aggregator(lambda aggregation, n: aggregation.MGDA(1e-12)), tasks=(2,)),
-    Peer(
-        "cagrad",
-        lambda n: mtl.cagrad(n, c=0.4, rescale=0),
-        aggregator(lambda aggregation, n: aggregation.CAGrad(c=0.4)),
-        tolerance=1e-3,  # its solver stops at 1e-8 of the objective
-    ),
-    # Without a random order.
-    Peer("pcgrad", mtl.pcgrad, aggregator(lambda aggregation, n: aggregation.PCGrad()), tasks=(2,)),
-    Peer(
-        "gradvac",
-        lambda n: mtl.gradvac(n, beta=0.5),
-        aggregator(lambda aggregation, n: aggregation.GradVac(beta=0.5)),
-        tolerance=1e-6,  # it adds 1e-8 to products of norms
-        tasks=(2,),
-    ),
-    Peer("imtl_g", mtl.imtl_g, aggregator(lambda aggregation, n: aggregation.IMTLG()), tolerance=1e-8),
-    Peer(
-        "nash_mtl",
-        lambda n: mtl.nash_mtl(n, max_norm=0.0),
-        aggregator(lambda aggregation, n: aggregation.NashMTL(n, max_norm=0.0, optim_niter=100)),
-        tolerance=1e-3,  # its solver stops there
-    ),
-    Peer(
-        "fairgrad",
-        lambda n: mtl.fairgrad(n, alpha=2.0),
-        aggregator(lambda aggregation, n: aggregation.FairGrad(alpha=2.0)),
-        tolerance=1e-5,
-    ),
+    Peer("linear_scalarization", aggregator(lambda td, n: td.Mean()), {"reduction": "mean"}),
+    Peer("linear_scalarization", aggregator(lambda td, n: td.Sum())),
+    # Its Frank-Wolfe is exact for two; those that draw orders have none to draw for two.
+    Peer("mgda", aggregator(lambda td, n: td.MGDA(1e-12)), tasks=(2,)),
+    Peer("pcgrad", aggregator(lambda td, n: td.PCGrad()), tasks=(2,)),
+    # It adds 1e-8 to products of norms.
+    Peer("gradvac", aggregator(lambda td, n: td.GradVac()), {"beta": 0.5}, tolerance=1e-6, tasks=(2,)),
+    # Its solver stops at 1e-8 of the objective.
+    Peer("cagrad", aggregator(lambda td, n: td.CAGrad(c=0.4)), {"c": 0.4, "rescale": 0}, tolerance=1e-3),
+    Peer("imtl_g", aggregator(lambda td, n: td.IMTLG()), tolerance=1e-8),
+    Peer("nash_mtl", aggregator(lambda td, n: td.NashMTL(n, optim_niter=100)), tolerance=1e-2),
+    Peer("fairgrad", aggregator(lambda td, n: td.FairGrad(alpha=2.0)), {"alpha": 2.0}, tolerance=1e-5),
     *(
         Peer(
-            f"aligned_mtl-{mode}",
-            lambda n, mode=mode: mtl.aligned_mtl(n, scale_mode=mode, preference=np.full(n, 1 / n)),
-            aggregator(lambda aggregation, n, mode=mode: aggregation.AlignedMTL(scale_mode=mode)),
+            "aligned_mtl",
+            aggregator(lambda td, n, mode=mode: td.AlignedMTL(scale_mode=mode)),
+            lambda n, mode=mode: {"scale_mode": mode, "preference": np.full(n, 1 / n)},
             tolerance=1e-8,
         )
         for mode in ("min", "median", "rmse")
     ),
-    Peer("con_fig", mtl.con_fig, aggregator(lambda aggregation, n: aggregation.ConFIG()), tolerance=1e-8),
-    Peer(
-        "upgrad",
-        mtl.upgrad,
-        aggregator(lambda aggregation, n: aggregation.UPGrad(projector=hardly_regularised())),
-        tolerance=1e-6,
-    ),
-    Peer(
-        "dual_proj",
-        mtl.dual_proj,
-        aggregator(lambda aggregation, n: aggregation.DualProj(projector=hardly_regularised())),
-        tolerance=1e-6,
-    ),
-    Peer(
-        "excess_mtl",
-        lambda n: mtl.excess_mtl(n),
-        aggregator(lambda aggregation, n: aggregation.ExcessMTL()),
-    ),
-    Peer("pcd", mtl.pcd, aggregator(lambda aggregation, n: aggregation.PCD()), tolerance=1e-7),
-    Peer(
-        "trimmed_mean",
-        lambda n: mtl.trimmed_mean(n, k=1),
-        aggregator(lambda aggregation, n: aggregation.TrimmedMean(1)),
-        tasks=(4, 5),
-    ),
-    Peer("gls", mtl.gls, scalarizer(lambda scalarization, n: scalarization.GeometricMean()), given=with_losses),
-    Peer(
-        "stch",
-        lambda n: mtl.stch(n, mu=0.3),
-        scalarizer(lambda scalarization, n: scalarization.STCH(0.3)),
-        given=with_losses,
-    ),
-    Peer(
-        "dwa",
-        lambda n: mtl.dwa(n, steps_per_epoch=1),
-        scalarizer(
-            lambda scalarization, n: scalarization.DWA(),
-            lambda torch, scalarizer: lambda inputs, k: scalarizer.step(),
-        ),
-        given=with_losses,
-    ),
-    Peer(
-        "uncertainty",
-        lambda n: mtl.uncertainty(n, optimizer=optax.sgd(0.1)),
-        scalarizer(lambda scalarization, n: scalarization.UW(n).double(), sgd),
-        given=with_losses,
-    ),
-    Peer(
-        "imtl_l",
-        lambda n: mtl.imtl_l(n, optimizer=optax.sgd(0.1)),
-        scalarizer(lambda scalarization, n: scalarization.IMTLL(n).double(), sgd),
-        given=with_losses,
-    ),
-    Peer(
-        "famo",
-        mtl.famo,
-        scalarizer(
-            lambda scalarization, n: scalarization.FAMO(n).double(),
-            lambda torch, scalarizer: lambda inputs, k: scalarizer.update(torch.tensor(inputs.losses_after[k])),
-        ),
-        tolerance=1e-5,  # it adds 1e-8 to losses
-        given=with_losses_after,
-    ),
-    Peer("con_fig-authors", mtl.con_fig, operator(lambda operators: operators.ConFIGOperator()), tolerance=1e-8),
-    Peer("pcgrad-conflictfree", mtl.pcgrad, operator(lambda operators: operators.PCGradOperator()), tasks=(2,)),
-    Peer("imtl_g-conflictfree", mtl.imtl_g, operator(lambda operators: operators.IMTLGOperator()), tolerance=1e-8),
+    Peer("con_fig", aggregator(lambda td, n: td.ConFIG()), tolerance=1e-8),
+    Peer("upgrad", aggregator(lambda td, n: td.UPGrad(projector=hardly_regularised())), tolerance=1e-6),
+    Peer("dual_proj", aggregator(lambda td, n: td.DualProj(projector=hardly_regularised())), tolerance=1e-6),
+    Peer("pcd", aggregator(lambda td, n: td.PCD()), tolerance=1e-7),
+    Peer("trimmed_mean", aggregator(lambda td, n: td.TrimmedMean(1)), {"k": 1}, tasks=(4, 5)),
+    Peer("gls", scalarizer(lambda td, n: td.GeometricMean()), given=with_losses),
+    Peer("stch", scalarizer(lambda td, n: td.STCH(0.3)), {"mu": 0.3}, given=with_losses),
+    Peer("cosmos", scalarizer(lambda td, n: td.COSMOS(1.0, equal(n))), given=with_losses),
+    Peer("pbi", scalarizer(lambda td, n: td.PBI(5.0, equal(n))), tolerance=1e-8, given=with_losses),
+    Peer("dwa", scalarizer(lambda td, n: td.DWA(), end_epoch), {"steps_per_epoch": 1}, given=with_losses),
+    Peer("uncertainty", scalarizer(lambda td, n: td.UW(n), descend), SGD, given=with_losses),
+    Peer("imtl_l", scalarizer(lambda td, n: td.IMTLL(n), descend), SGD, given=with_losses),
+    # It adds 1e-8 to losses.
+    Peer("famo", scalarizer(lambda td, n: td.FAMO(n), look), tolerance=1e-5, given=with_losses_after),
+    Peer("con_fig", operator(lambda cf: cf.ConFIGOperator()), tolerance=1e-8),
+    Peer("pcgrad", operator(lambda cf: cf.PCGradOperator()), tasks=(2,)),
+    Peer("imtl_g", operator(lambda cf: cf.IMTLGOperator()), tolerance=1e-8),
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def torch():
-    return pytest.importorskip("torch", reason="pip install torch")
+    torch = pytest.importorskip("torch", reason="pip install '.[peers]'")
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # what peers make themselves is to be of the gradients' dtype
+    yield torch
+    torch.set_default_dtype(default)
 
 
+@pytest.mark.filterwarnings("ignore:You are solving:UserWarning")  # cvxpy, of NashMTL's program
 @pytest.mark.parametrize(("peer", "num_tasks"), [(peer, n) for peer in PEERS for n in peer.tasks], ids=str)
 def test_peer(torch, peer, num_tasks):
     seed = secrets.randbits(32)
     inputs = draw(num_tasks, seed)
     theirs = peer.theirs(torch, num_tasks)
-    with problems.enable_x64():
+    with problems.enable_x64(), problems.relaxed_promotion():
         tx = peer.ours(num_tasks)
         state = tx.init(np.zeros(SIZE))
         update = jax.jit(tx.update)
