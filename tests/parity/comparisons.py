@@ -134,7 +134,7 @@ def run(method, grads, present, per_run=(), **per_step):
 
         def step(state, now):
             grads, per_step = now
-            updates, state = tx.update(grads, state, grads[0], task_mask=present, **per_step)
+            updates, state = tx.update(grads, state, grads[0], **({"task_mask": present} | per_step))
             return state, (updates, state)
 
         return lax.scan(step, tx.init(grads[0, 0]), (grads, per_step))[1]

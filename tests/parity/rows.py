@@ -636,6 +636,54 @@ def _():
     return dataclasses.replace(answers, trusted=regular)
 
 
+@row("con_fig_momentum", "conflictfree", "PseudoMomentum.all", 1e-5, "left out: two duplicates, as above")
+def _():
+    updates, _ = run(lambda: mtl.con_fig_momentum(MOST), SHORT_RUNS.grads, SHORT_RUNS.present)
+    return Answers(SHORT_RUNS, updates, SHORT_RUNS("conflictfree.PseudoMomentum.all"), trusted=not_two_duplicates())
+
+
+def not_two_duplicates():
+    regular = (SHORT_RUNS.kind != "duplicate") | (SHORT_RUNS.present.sum(-1) > 2)
+    return np.broadcast_to(regular[:, None], SHORT_RUNS.grads.shape[:2])
+
+
+def starts_late():
+    """Its moments of the mixture start when every task has been seen."""
+    inner = mtl.con_fig_momentum(MOST)
+
+    def update(grads, state, params, *, task_mask, complete):
+        updates, new = inner.update(grads, state, params, task_mask=task_mask)
+        method = new.method._replace(
+            **{
+                name: jax.tree.map(lambda new, old: jnp.where(complete, new, old), getattr(new.method, name), old)
+                for name, old in state.method._asdict().items()
+                if name in ("steps", "moment", "second_moment")
+            }
+        )
+        return updates, new._replace(method=method)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+@row(
+    "con_fig_momentum",
+    "conflictfree",
+    "PseudoMomentum.alternate",
+    1e-5,
+    "one task a step; its moments of the mixture start, as there, when every task has been seen, before which it does "
+    "not move; left out: two duplicates",
+)
+def _():
+    tasks, steps = SHORT_RUNS.present.sum(-1)[:, None], np.arange(3 * MOST)
+    grads = np.take_along_axis(SHORT_RUNS.grads, np.minimum(steps // tasks, 4)[..., None, None], axis=1)
+    turn = np.arange(MOST) == (steps % tasks)[..., None]
+    complete = steps >= tasks - 1
+    updates, _ = run(starts_late, grads, SHORT_RUNS.present, task_mask=turn, complete=complete)
+    theirs = SHORT_RUNS("conflictfree.PseudoMomentum.alternate", (3 * MOST, MOST))
+    theirs[steps >= 3 * tasks] = np.nan  # there are no more
+    return Answers(SHORT_RUNS, updates, theirs, trusted=complete & not_two_duplicates()[:, :1])
+
+
 # -- Krum, GradVac ---------------------------------------------------------------------------------------------------
 
 
