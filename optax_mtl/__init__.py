@@ -9,27 +9,36 @@ from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grad
 from optax_mtl.methods._adaptive_weight_assignment import adaptive_weight_assignment, adaptive_weight_assignment_weights
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
+from optax_mtl.methods._cosmos import cosmos, cosmos_weights
 from optax_mtl.methods._cov_weighting import cov_weighting, cov_weighting_weights
+from optax_mtl.methods._cr_mogm import cr_mogm
 from optax_mtl.methods._dtp import dtp, dtp_weights
 from optax_mtl.methods._dual_proj import dual_proj, dual_proj_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
 from optax_mtl.methods._fairgrad import fairgrad, fairgrad_weights
+from optax_mtl.methods._famo import famo, famo_logit_grads, famo_weights
 from optax_mtl.methods._gls import gls, gls_weights
+from optax_mtl.methods._go4align import go4align, go4align_weights, group_means
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
+from optax_mtl.methods._group_dro import group_dro, group_dro_weights
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
 from optax_mtl.methods._ial import ial, ial_weights
 from optax_mtl.methods._igb import igb, igb_weights
 from optax_mtl.methods._imtl_l import imtl_l, imtl_l_weights
+from optax_mtl.methods._ldc_mtl import ldc_mtl, ldc_mtl_factors
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
 from optax_mtl.methods._nash_mtl import nash_mtl, nash_mtl_weights
+from optax_mtl.methods._pbi import pbi, pbi_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._scale_invariant import scale_invariant, scale_invariant_weights
 from optax_mtl.methods._slaw import slaw, slaw_weights
+from optax_mtl.methods._stch import stch, stch_weights
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
+from optax_mtl.methods._update_every import update_every
 from optax_mtl.methods._upgrad import upgrad, upgrad_weights
 from optax_mtl.methods._uw_o import uw_o, uw_o_weights
 from optax_mtl.methods._uw_so import uw_so, uw_so_weights
@@ -46,8 +55,11 @@ __all__ = [
     "cdtt_weights",
     "checked",
     "combine",
+    "cosmos",
+    "cosmos_weights",
     "cov_weighting",
     "cov_weighting_weights",
+    "cr_mogm",
     "dtp",
     "dtp_weights",
     "dual_proj",
@@ -58,10 +70,18 @@ __all__ = [
     "edm_weights",
     "fairgrad",
     "fairgrad_weights",
+    "famo",
+    "famo_logit_grads",
+    "famo_weights",
     "gls",
     "gls_weights",
+    "go4align",
+    "go4align_weights",
     "gradnorm",
     "gradnorm_weight_grads",
+    "group_dro",
+    "group_dro_weights",
+    "group_means",
     "hydalearn",
     "hydalearn_gains",
     "hydalearn_weights",
@@ -71,6 +91,8 @@ __all__ = [
     "igb_weights",
     "imtl_l",
     "imtl_l_weights",
+    "ldc_mtl",
+    "ldc_mtl_factors",
     "linear_scalarization",
     "mao",
     "mean_tasks",
@@ -78,6 +100,8 @@ __all__ = [
     "mgda_weights",
     "nash_mtl",
     "nash_mtl_weights",
+    "pbi",
+    "pbi_weights",
     "pcgrad",
     "pcgrad_weights",
     "per_task",
@@ -90,6 +114,8 @@ __all__ = [
     "slaw",
     "slaw_weights",
     "stack_task_grads",
+    "stch",
+    "stch_weights",
     "sum_tasks",
     "task_cosines",
     "task_gramian",
@@ -97,6 +123,7 @@ __all__ = [
     "task_norms",
     "uncertainty",
     "uncertainty_weights",
+    "update_every",
     "upgrad",
     "upgrad_weights",
     "uw_o",

@@ -1,5 +1,6 @@
-"""What several methods remember of each task: epoch means of its loss, and a learned scalar of its own."""
+"""What several methods remember of each task: epoch means of its loss, a share, a learned scalar of its own."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +55,25 @@ def add_to_epoch(state: EpochMeans, losses: jax.Array, present: jax.Array, steps
         means=_base.where_present(shift, jnp.column_stack([latest, state.means[:, :-1]]), state.means),
         epochs=state.epochs + shift.astype(jnp.int32),
     )
+
+
+_LEAST_LOG_SHARE = -1e4  # zero in any dtype, and yet a number
+
+
+def init_log_shares(num_tasks: int, dtype: jnp.dtype) -> jax.Array:
+    """Logarithms `(T,)` of equal shares."""
+    return jnp.full(num_tasks, -math.log(num_tasks), dtype)
+
+
+def multiply_shares(log_shares: jax.Array, exponents: jax.Array, present: jax.Array) -> jax.Array:
+    """Multiplies each share by the exponential of `exponents` `(T,)`, and normalises.
+
+    The tasks that are present redistribute what they hold together, so that an absent one keeps its share.
+    """
+    held = jax.nn.logsumexp(log_shares, where=present)
+    changed = log_shares + exponents.astype(log_shares.dtype)
+    changed = jax.nn.log_softmax(changed, where=present | ~jnp.any(present)) + held
+    return _base.where_present(present, jnp.maximum(changed, _LEAST_LOG_SHARE), log_shares)
 
 
 class LearnedScalars(NamedTuple):

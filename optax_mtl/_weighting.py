@@ -13,6 +13,10 @@ from optax_mtl import _base, _gramian
 Rule = Callable[..., tuple[jax.Array, Any]]
 
 
+class Weighting(optax.GradientTransformationExtraArgs):
+    """A transformation whose update is the weighted sum its `task_weights` tell: what wrappers around weights take."""
+
+
 def weighting(
     name: str,
     num_tasks: int,
@@ -22,7 +26,7 @@ def weighting(
     needs_gramian: bool = True,
     needs_losses: bool = False,
     positive_losses: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> Weighting:
     """The transformation whose update is `sum_i w_i g_i`, with `w` from `rule`.
 
     Every weighting is one call of this function. What is the same for all stands here, once: the shape contract, the
@@ -43,7 +47,7 @@ def weighting(
       positive_losses: whether the rule is for losses that are not negative (it takes their logarithm, say).
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with a `BalanceState`.
+      An `optax.GradientTransformationExtraArgs`, marked as a `Weighting`, with a `BalanceState`.
     """
     num_tasks = _base.check_num_tasks(num_tasks)
 
@@ -93,7 +97,30 @@ def weighting(
             _base.next_balance_state(state, weights, present, nonfinite, method_state),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return Weighting(init_fn, update_fn)
+
+
+def check_weighting(inner: Any, method: str) -> Weighting:
+    """Returns `inner`, which `method` wraps, if it is a `Weighting`; raises `ValueError` otherwise."""
+    if not isinstance(inner, Weighting):
+        raise ValueError(
+            f"{method} acts on the weights of its inner method, and this one has none, or is wrapped itself: found "
+            f"{inner!r}. Give it a weighting as it is, {method}(num_tasks, optax_mtl.mgda(num_tasks)); put chains, "
+            "per_task, shared_and_heads and optax.inject_hyperparams around the whole. (Methods that mix elementwise, "
+            "like scale_by_mao, have no weights.)"
+        )
+    return inner
+
+
+def init_inner(inner: Weighting, params: _base.Params, num_tasks: int, method: str) -> _base.BalanceState:
+    """The first state of `inner`, which `method` wraps; raises `ValueError` if it is for another number of tasks."""
+    state: Any = inner.init(params)
+    if state.task_weights.shape != (num_tasks,):
+        raise ValueError(
+            f"{method} was built with num_tasks={num_tasks}, and its inner method with {state.task_weights.shape[0]}. "
+            "Give both the same."
+        )
+    return state
 
 
 def _check_gramian(gramian: _gramian.Gramian, num_tasks: int) -> None:

@@ -191,6 +191,27 @@ CASES = (
         alone=lambda g, loss: g / loss,
         keeps=("permutation", "linear"),
     ),
+    row(mtl.famo, needs=("positive losses",), keeps=("permutation", "simplex"), optax_inside=True),
+    row(
+        mtl.go4align,
+        static=("num_groups",),
+        needs=("positive losses",),
+        keeps=("permutation",),
+    ),
+    row(mtl.stch, kwargs={"mu": 0.5}, needs=("losses",), keeps=("permutation",)),
+    row(
+        mtl.stch,
+        "log",
+        kwargs={"mu": 0.5, "form": "log", "steps_per_epoch": 1, "warmup_epochs": 1},
+        static=("steps_per_epoch", "warmup_epochs"),
+        needs=("positive losses",),
+        alone=lambda g, loss: g / loss,
+        keeps=("permutation",),
+    ),
+    row(mtl.group_dro, kwargs={"step_size": 0.5}, needs=("losses",), keeps=("permutation", "simplex")),
+    row(mtl.cosmos, needs=("losses",), keeps=("permutation",)),
+    row(mtl.pbi, needs=("losses",), keeps=("permutation",)),
+    row(mtl.ldc_mtl, needs=("positive losses",), optax_inside=True),
     # -- Weightings from the Gramian ---------------------------------------------------------------------------------
     row(mtl.mgda, keeps=("permutation", "non-conflicting", "simplex", "stationary")),
     row(mtl.mgda, "l2", kwargs={"normalization": "l2"}, keeps=("permutation", "simplex")),
@@ -273,6 +294,8 @@ CASES = (
         needs=("losses",),
     ),
     # -- Mixers and wrappers -----------------------------------------------------------------------------------------
+    row(mtl.cr_mogm, kwargs={"inner": mtl.mgda}, keeps=("permutation",)),
+    row(mtl.update_every, kwargs={"inner": mtl.mgda, "every": 2}, keeps=("permutation", "simplex")),
     row(
         mtl.scale_by_mao,
         alone=adam_step,

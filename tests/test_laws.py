@@ -281,14 +281,15 @@ def test_what_is_needed_is_asked_for(needed):
 def test_a_negative_loss_is_refused_where_known_and_harmless_inside_jit(case):
     tx, _ = program(case)
     params, task_grads = problems.params(), problems.tree_of(problems.gradients())
-    with pytest.raises(ValueError, match=r"not negative, but losses\[1\] = -0.5"):
-        tx.update(task_grads, tx.init(params), params, losses=jnp.array([1.0, -0.5, 2.0]))
-    for harmless in ([1.0, -jnp.inf, 2.0], [1.0, jnp.nan, 2.0]):
-        tx.update(task_grads, tx.init(params), params, losses=jnp.array(harmless))
-    masked = {"losses": jnp.array([1.0, -0.5, 2.0]), "task_mask": jnp.array([True, False, True])}
-    tx.update(task_grads, tx.init(params), params, **masked)
-    known_in_jit = jax.jit(lambda g: tx.update(g, tx.init(params), params, losses=jnp.ones(T))[0])
-    chex.assert_tree_all_finite(known_in_jit(task_grads))
+    with context(case):
+        with pytest.raises(ValueError, match=r"not negative, but losses\[1\] = -0.5"):
+            tx.update(task_grads, tx.init(params), params, losses=jnp.array([1.0, -0.5, 2.0]))
+        for harmless in ([1.0, -jnp.inf, 2.0], [1.0, jnp.nan, 2.0]):
+            tx.update(task_grads, tx.init(params), params, losses=jnp.array(harmless))
+        masked = {"losses": jnp.array([1.0, -0.5, 2.0]), "task_mask": jnp.array([True, False, True])}
+        tx.update(task_grads, tx.init(params), params, **masked)
+        known_in_jit = jax.jit(lambda g: tx.update(g, tx.init(params), params, losses=jnp.ones(T))[0])
+        chex.assert_tree_all_finite(known_in_jit(task_grads))
     updates, _ = run(case, [problems.gradients(seed=k) for k in range(4)], losses=[[1.0, -0.5, 0.0]] * 4)
     assert np.isfinite(updates).all()
 
