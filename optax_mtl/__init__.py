@@ -7,8 +7,13 @@ from optax_mtl._diagnostics import task_cosines, task_norms
 from optax_mtl._gramian import combine, Gramian, task_gramian
 from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grads
 from optax_mtl.methods._adaptive_weight_assignment import adaptive_weight_assignment, adaptive_weight_assignment_weights
+from optax_mtl.methods._aligned_mtl import aligned_mtl, aligned_mtl_weights
+from optax_mtl.methods._auto_lambda import auto_lambda, auto_lambda_meta_grads
+from optax_mtl.methods._auxi_nash import auxi_nash, auxi_nash_preference_grads
+from optax_mtl.methods._bloop import bloop
 from optax_mtl.methods._cagrad import cagrad, cagrad_weights
 from optax_mtl.methods._cdtt import cdtt, cdtt_tension, cdtt_weights
+from optax_mtl.methods._con_fig import con_fig, con_fig_momentum, con_fig_weights
 from optax_mtl.methods._cosmos import cosmos, cosmos_weights
 from optax_mtl.methods._cov_weighting import cov_weighting, cov_weighting_weights
 from optax_mtl.methods._cr_mogm import cr_mogm
@@ -20,18 +25,25 @@ from optax_mtl.methods._fairgrad import fairgrad, fairgrad_weights
 from optax_mtl.methods._famo import famo, famo_logit_grads, famo_weights
 from optax_mtl.methods._gls import gls, gls_weights
 from optax_mtl.methods._go4align import go4align, go4align_weights, group_means
+from optax_mtl.methods._grad_cosine import grad_cosine, grad_cosine_weights
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
+from optax_mtl.methods._gradvac import gradvac, gradvac_weights
 from optax_mtl.methods._group_dro import group_dro, group_dro_weights
 from optax_mtl.methods._hydalearn import hydalearn, hydalearn_gains, hydalearn_weights
 from optax_mtl.methods._ial import ial, ial_weights
 from optax_mtl.methods._igb import igb, igb_weights
+from optax_mtl.methods._imtl import imtl, imtl_weights
+from optax_mtl.methods._imtl_g import imtl_g, imtl_g_weights
 from optax_mtl.methods._imtl_l import imtl_l, imtl_l_weights
+from optax_mtl.methods._krum import krum, krum_weights
 from optax_mtl.methods._ldc_mtl import ldc_mtl, ldc_mtl_factors
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
 from optax_mtl.methods._nash_mtl import nash_mtl, nash_mtl_weights
+from optax_mtl.methods._ol_aux import ol_aux
 from optax_mtl.methods._pbi import pbi, pbi_weights
+from optax_mtl.methods._pcd import pcd, pcd_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._scale_invariant import scale_invariant, scale_invariant_weights
@@ -48,6 +60,13 @@ __all__ = [
     "Gramian",
     "adaptive_weight_assignment",
     "adaptive_weight_assignment_weights",
+    "aligned_mtl",
+    "aligned_mtl_weights",
+    "auto_lambda",
+    "auto_lambda_meta_grads",
+    "auxi_nash",
+    "auxi_nash_preference_grads",
+    "bloop",
     "cagrad",
     "cagrad_weights",
     "cdtt",
@@ -55,6 +74,9 @@ __all__ = [
     "cdtt_weights",
     "checked",
     "combine",
+    "con_fig",
+    "con_fig_momentum",
+    "con_fig_weights",
     "cosmos",
     "cosmos_weights",
     "cov_weighting",
@@ -77,8 +99,12 @@ __all__ = [
     "gls_weights",
     "go4align",
     "go4align_weights",
+    "grad_cosine",
+    "grad_cosine_weights",
     "gradnorm",
     "gradnorm_weight_grads",
+    "gradvac",
+    "gradvac_weights",
     "group_dro",
     "group_dro_weights",
     "group_means",
@@ -89,8 +115,14 @@ __all__ = [
     "ial_weights",
     "igb",
     "igb_weights",
+    "imtl",
+    "imtl_g",
+    "imtl_g_weights",
     "imtl_l",
     "imtl_l_weights",
+    "imtl_weights",
+    "krum",
+    "krum_weights",
     "ldc_mtl",
     "ldc_mtl_factors",
     "linear_scalarization",
@@ -100,8 +132,11 @@ __all__ = [
     "mgda_weights",
     "nash_mtl",
     "nash_mtl_weights",
+    "ol_aux",
     "pbi",
     "pbi_weights",
+    "pcd",
+    "pcd_weights",
     "pcgrad",
     "pcgrad_weights",
     "per_task",

@@ -5,7 +5,10 @@ Axis 0 of every leaf of `task_grads` is the task axis, of length `num_tasks`; `l
 found, where, and what to write instead.
 """
 
+from collections.abc import Callable, Sequence
+import functools
 import numbers
+import operator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -117,6 +120,15 @@ def check_task_index(name: str, index: int, num_tasks: int) -> Any:
     return check_int(name, index, -num_tasks, num_tasks - 1) % num_tasks
 
 
+def primary_tasks(primary: int | Sequence[int], num_tasks: int) -> jax.Array:
+    """Which tasks `primary` names, `(T,)` of bool; raises `ValueError` if it names none, or one that there is not."""
+    named = primary if isinstance(primary, tuple | list) else (primary,)
+    if not named:
+        raise ValueError("primary must be the index of a task, or a tuple of such, found none.")
+    indices = [check_task_index("primary", each, check_num_tasks(num_tasks)) for each in named]
+    return functools.reduce(operator.or_, [jnp.arange(num_tasks) == index for index in indices])
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises `ValueError` unless `value` is one of `choices`."""
     if value not in choices:
@@ -132,8 +144,8 @@ def check_number(name: str, value: Any, low: float, high: float = float("inf")) 
 
 def check_task_vector(name: str, value: Any, num_tasks: int) -> None:
     """Raises `ValueError` unless `value` holds one number a task."""
-    if jnp.shape(value) != (num_tasks,):
-        raise ValueError(f"{name} must hold one number a task, shape ({num_tasks},), found shape {jnp.shape(value)}.")
+    if np.shape(value) != (num_tasks,):
+        raise ValueError(f"{name} must hold one number a task, shape ({num_tasks},), found shape {np.shape(value)}.")
 
 
 def check_preference(preference: Any, num_tasks: int) -> None:
@@ -275,6 +287,20 @@ def check_params(params: Params | None, method: str) -> None:
         )
 
 
+def check_value_fn(
+    params: Params | None, value_fn: Callable[[Params], Any] | None, method: str
+) -> tuple[Params, Callable[[Params], Any]]:
+    """Returns what a method needs to look at validation losses; raises `ValueError` if it was not given."""
+    if params is None or value_fn is None:
+        raise ValueError(
+            f"{method} looks at the losses of validation data and needs the parameters and these losses as a function "
+            "of them: write\n"
+            "    updates, opt_state = tx.update(task_grads, opt_state, params,\n"
+            "                                   value_fn=lambda params: loss_fn(params, validation_batch))"
+        )
+    return params, value_fn
+
+
 # -- Who takes part --------------------------------------------------------------------------------------------------
 
 
@@ -319,3 +345,23 @@ def as_key(method: str, key: jax.Array | int | None) -> jax.Array:
         raise ValueError(f"{method} is random: give it a key or a seed, {method}(num_tasks, key=0).")
     is_seed = jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer)
     return jax.random.key(key) if is_seed else jnp.asarray(key)
+
+
+def draw_orders(order: str, key: jax.Array | None, num_tasks: int) -> tuple[jax.Array, jax.Array | None]:
+    """In which order each task visits the tasks, in methods that go from one to another.
+
+    Args:
+      order: `"per_task"`, an independent random order for each task; or `"shared"`, one for all.
+      key: random key; None for the fixed order `0, 1, ...`.
+      num_tasks: `T`.
+
+    Returns:
+      `(orders, key)`: `(T, T)` of int, a row a task, and the key of the next step.
+    """
+    orders = jnp.broadcast_to(jnp.arange(num_tasks), (num_tasks, num_tasks))
+    if key is None:
+        return orders, None
+    key, now = jax.random.split(key)
+    if order == "shared":
+        return jnp.broadcast_to(jax.random.permutation(now, num_tasks), orders.shape), key
+    return jax.random.permutation(now, orders, axis=1, independent=True), key

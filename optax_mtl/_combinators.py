@@ -149,6 +149,65 @@ def check_not_gramian(updates: _base.TaskGrads, method: str) -> None:
         )
 
 
+def leafwise(method: optax.GradientTransformationExtraArgs, num_tasks: int) -> optax.GradientTransformationExtraArgs:
+    """Runs a weighting on each leaf's own Gramian, all at once: own weights and own state for every leaf.
+
+    However many leaves there are, the compiled program has the method once, over stacked `(L, T, T)` Gramians. Who
+    takes part is decided over all leaves. A `Gramian` stands for the Gramian of every leaf.
+
+    Args:
+      method: made by `weighting`; its state is a `BalanceState`.
+      num_tasks: number of tasks `T`.
+
+    Returns:
+      The transformation. Its `task_weights` are the mean over the leaves, and the `method` part of its state has a
+      leading axis over them (random keys are the same for all).
+    """
+    of_each_leaf: Any = _base.BalanceState(None, None, None, method=0)  # type: ignore[arg-type]
+
+    def init_fn(params: _base.Params) -> _base.BalanceState:
+        num_leaves = len(jax.tree.leaves(params))
+        state: Any = method.init(params)
+        return state._replace(method=jax.tree.map(lambda x: jnp.broadcast_to(x, (num_leaves, *x.shape)), state.method))
+
+    def update_fn(
+        updates: _base.TaskGrads,
+        state: Any,
+        params: _base.Params | None = None,
+        *,
+        task_finite: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        leaves, treedef = jax.tree.flatten(updates)
+        if isinstance(updates, _gramian.Gramian):
+            stacked = jax.tree.leaves(state.method)
+            gramians = jnp.stack([_gramian.task_gramian(updates)] * (len(stacked[0]) if stacked else 1))
+        else:
+            _base.check_task_grads(updates, num_tasks, params)
+            if not leaves:
+                return updates, state
+            dtype = _base.accumulator_dtype(updates)
+            gramians = jnp.stack([_gramian.task_gramian(leaf).astype(dtype) for leaf in leaves])
+        finite = jnp.all(jnp.isfinite(jnp.diagonal(gramians, axis1=1, axis2=2)), axis=0)
+        finite = finite if task_finite is None else finite & task_finite
+
+        def update_leaf(matrix: jax.Array, state: Any) -> tuple[Any, Any]:
+            gramian: Any = _gramian.Gramian(matrix)
+            return method.update(gramian, state, params, task_finite=finite, **extra_args)
+
+        weights, states = jax.vmap(update_leaf, in_axes=(0, of_each_leaf))(gramians, state)
+        new = states._replace(
+            task_weights=jnp.mean(states.task_weights, axis=0),
+            task_present=states.task_present[0],
+            nonfinite_count=states.nonfinite_count[0],
+        )
+        if isinstance(updates, _gramian.Gramian):
+            return new.task_weights, new
+        return treedef.unflatten([_gramian.combine(w, leaf) for w, leaf in zip(weights, leaves, strict=True)]), new
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
 class SharedAndHeadsState(NamedTuple):
     """State of `shared_and_heads`.
 

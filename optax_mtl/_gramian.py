@@ -80,6 +80,31 @@ def task_squared_norms(task_grads: _base.TaskGrads) -> jax.Array:
     return jax.tree.reduce(operator.add, jax.tree.map(leaf_squared_norms, task_grads))
 
 
+def task_products(task_grads: _base.TaskGrads, direction: _base.Params) -> jax.Array:
+    """The inner product of each task's gradient with one direction.
+
+    Args:
+      task_grads: leaves `(T, *shape)`.
+      direction: leaves `(*shape)`.
+
+    Returns:
+      `(T,)`, in float32 (float64 if any leaf of the gradients has it).
+    """
+    dtype = _base.accumulator_dtype(task_grads)
+
+    def leaf_products(leaf: jax.Array, along: jax.Array) -> jax.Array:
+        axes = (tuple(range(1, leaf.ndim)), tuple(range(along.ndim)))
+        return lax.dot_general(
+            leaf,
+            along.astype(leaf.dtype),
+            (axes, ((), ())),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=dtype,
+        )
+
+    return jax.tree.reduce(operator.add, jax.tree.map(leaf_products, task_grads, direction))
+
+
 def _leaf_gramian(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # A product over all parameter axes leaves a sharded leaf where it is, and ends in one all-reduce of (T, T);
     # flattening it first would gather it. With a single device nothing is sharded, and the CPU wants chunks.

@@ -171,6 +171,17 @@ def stack_losses(losses: Any) -> jax.Array:
     return jnp.stack([a.astype(dtype) for a in arrays])
 
 
+def losses_at(value_fn: Callable[[_base.Params], Any], params: _base.Params, num_tasks: int, method: str) -> jax.Array:
+    """The losses `(T,)` that `value_fn` gives for `params`; raises `ValueError` if they are not those of all tasks."""
+    losses = stack_losses(value_fn(params))
+    if losses.shape != (num_tasks,):
+        raise ValueError(
+            f"{method}: value_fn returned {losses.shape[0]} losses, wanted those of all {num_tasks} tasks, as "
+            "value_and_task_grads takes them (without auxiliary data)."
+        )
+    return losses
+
+
 def task_names(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[str, ...]]:
     """The names of the tasks, in the order of the task axis.
 

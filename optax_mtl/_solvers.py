@@ -47,6 +47,21 @@ def reciprocal(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
 
 
+def norm_of(coefficients: jax.Array, unit: jax.Array) -> jax.Array:
+    """The norm `()` of a combination of unit gradients with Gramian `unit`; zero where all cancels but for rounding."""
+    square = coefficients @ unit @ coefficients
+    rounding = 4 * len(unit) * jnp.finfo(unit.dtype).eps * jnp.sum(jnp.abs(coefficients)) ** 2
+    return jnp.sqrt(jnp.where(square > rounding, square, 0))
+
+
+def shortened(weights: jax.Array, gramian: jax.Array, max_norm: jax.typing.ArrayLike) -> jax.Array:
+    """The weights, scaled down if the combination that they make is longer than `max_norm`."""
+    unit, norms = cosines(gramian)
+    length = jnp.sqrt(jnp.maximum((weights * norms) @ unit @ (weights * norms), 0))
+    limit = jnp.asarray(max_norm, length.dtype)
+    return weights * jnp.where(length > limit, limit / jnp.where(length > 0, length, 1), 1)
+
+
 def _relative_inverse(norms: jax.Array, allowed: jax.Array) -> jax.Array:
     """The least positive norm over each norm: `1 / n`, but in (0, 1]; zero for tasks that are not allowed or zero."""
     allowed = allowed & (norms > 0)
@@ -295,6 +310,57 @@ def worst_case_in_ball(gramian: jax.Array, centre: jax.Array, radius: jax.Array,
     u = u * jnp.minimum(1, radius * reciprocal(length(u)))
     residual = violation * reciprocal(jnp.maximum(jnp.sum(u), radius))
     return size * u * reciprocal(norms), jnp.where(jnp.any(allowed), residual, 0)
+
+
+def spectrum(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Eigenvalues and eigenvectors of a Gramian, and its rank.
+
+    Args:
+      matrix: `(T, T)`, positive semi-definite.
+
+    Returns:
+      `(values, basis, kept)`: `(T,)`, ascending; `(T, T)`, in columns; and `(T,)` of bool, which eigenvalues are not
+      zero but for rounding: those above the largest times the number of non-zero rows times the dtype's epsilon.
+    """
+    values, basis = jnp.linalg.eigh(matrix)
+    rows = jnp.sum(jnp.diagonal(matrix) > 0).astype(values.dtype)
+    return values, basis, values > rows * jnp.finfo(values.dtype).eps * values[-1]
+
+
+def pseudo_solve(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """The least-squares solution of least norm, `A^+ b`, for a positive semi-definite `A`.
+
+    Args:
+      matrix: `(T, T)`, `A`; eigenvalues that are zero but for rounding (see `spectrum`) count as zero.
+      vector: `(T,)`, `b`; so do its parts along an eigenvector.
+
+    Returns:
+      `(T,)`.
+    """
+    values, basis, kept = spectrum(matrix)
+    parts = vector @ basis
+    kept &= jnp.abs(parts) > len(vector) * jnp.finfo(parts.dtype).eps * jnp.max(jnp.abs(vector))
+    return basis @ jnp.where(kept, parts / jnp.where(kept, values, 1), 0)
+
+
+def impartial_weights(gramian: jax.Array, factors: jax.Array) -> jax.Array:
+    """Weights of the combination of the gradients that has equal inner products with all of them at unit length.
+
+    The weights `w` of `G^T w` solve `C (n w) = 1`, in the least-squares sense, up to a factor.
+
+    Args:
+      gramian: `(T, T)`; tasks with zero rows get weight zero.
+      factors: `(T,)`, positive.
+
+    Returns:
+      `(T,)`, such that `sum(w / factors)` is one; all zero if that sum is zero but for rounding.
+    """
+    unit, norms = cosines(gramian)
+    weights = pseudo_solve(unit, jnp.ones_like(norms)) * _relative_inverse(norms, norms > 0)
+    terms = weights / factors
+    total, size = jnp.sum(terms), jnp.sum(jnp.abs(terms))
+    regular = jnp.abs(total) > 64 * len(norms) * jnp.finfo(norms.dtype).eps * size
+    return jnp.where(regular, weights / jnp.where(regular, total, 1), 0)
 
 
 class _Iterate(NamedTuple):

@@ -270,8 +270,66 @@ CASES = (
         static=("window",),
         needs=("positive losses",),
     ),
+    row(mtl.gradvac, kwargs={"key": 0, "beta": 0.3}),
+    row(
+        mtl.gradvac,
+        "leaf",
+        kwargs={"key": 0, "granularity": "leaf", "order": "shared"},
+        lacks={"weights": "every leaf has its own", "leaves": "weights differ from leaf to leaf"},
+    ),
+    row(mtl.imtl_g, keeps=("permutation", "task-scale")),  # with a negative weight, rescaling may turn it round
+    row(mtl.imtl, needs=("losses",), keeps=("permutation",), optax_inside=True),
+    row(mtl.aligned_mtl, keeps=("permutation",)),
+    row(mtl.con_fig, keeps=("permutation", "task-scale", "linear")),
+    row(
+        mtl.con_fig_momentum,
+        alone=adam_step,
+        scale=None,  # Adam's epsilon is absolute
+        keeps=("permutation",),
+        lacks={"weights": "preconditions what it has mixed", "gramian": "needs the gradients"},
+    ),
+    row(
+        mtl.krum,
+        kwargs={"n_selected": lambda num_tasks: min(2, num_tasks)},
+        keeps=("permutation", "simplex"),
+    ),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
+    row(mtl.grad_cosine),
+    row(mtl.grad_cosine, "weighted", kwargs={"mode": "weighted", "primary": -1}),
+    row(mtl.grad_cosine, "project", kwargs={"mode": "project", "primary": lambda num_tasks: (0, num_tasks - 1)}),
+    row(
+        mtl.ol_aux,
+        kwargs={"every": 2, "optimizer": optax.sgd(0.1)},
+        scale=None,  # the weights change by the gradients' products
+    ),
+    row(
+        mtl.bloop,
+        lacks={
+            "weights": "takes a multiple of the primary's running mean out of the weighted sum",
+            "gramian": "keeps a running mean of gradients",
+        },
+    ),
+    row(mtl.pcd, kwargs={"tau": 0.1}, keeps=("task-scale",)),
+    row(
+        mtl.auto_lambda,
+        kwargs={"learning_rate": 1e-2, "primary": lambda num_tasks: tuple(range(num_tasks))},
+        needs=("params", "value_fn"),
+        alone=lambda g, loss: 0.0999 * g,  # Adam's first step is 1e-4; this gradient raises the other loss
+        scale=None,  # the weights change by products of gradients
+        keeps=("permutation",),
+        lacks={"gramian": "multiplies the gradients with one of validation data"},
+        optax_inside=True,
+    ),
+    row(
+        mtl.auxi_nash,
+        kwargs={"every": 2},
+        needs=("params", "value_fn"),
+        alone=unit_step,
+        scale=0,
+        keeps=("non-conflicting", "task-scale"),
+        lacks={"gramian": "multiplies the gradients with one of validation data"},
+    ),
     row(
         mtl.hydalearn,
         kwargs={"learning_rate": 1e-2},

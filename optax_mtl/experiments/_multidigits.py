@@ -13,7 +13,26 @@ import optax
 from optax_mtl.experiments import _data, _models, _registry, _training
 
 TASKS = tuple(_data.TASKS)
-DEFAULT_METHODS = tuple(_registry.METHODS)
+DEFAULT_METHODS = (  # the baselines, one or two of each family, and those whose papers are at the heart of the library
+    "linear_scalarization",
+    "rlw",
+    "uncertainty",
+    "dwa",
+    "adaptive_weight_assignment",
+    "famo",
+    "gradnorm",
+    "mgda",
+    "pcgrad",
+    "cagrad",
+    "nash_mtl",
+    "upgrad",
+    "con_fig",
+    "edm",
+    "cdtt",
+    "mao",
+    "ial",
+    "hydalearn",
+)
 _RECORDS = 30
 
 
@@ -60,7 +79,8 @@ class Runs:
 
 def protocol(config: Config) -> list[str]:
     """What is done, in sentences."""
-    primary = " and ".join(name for name, m in _registry.METHODS.items() if m.serves_primary)
+    primary = ", ".join(name for name, m in _registry.METHODS.items() if m.serves_primary)
+    weights_losses = ", ".join(name for name, m in _registry.METHODS.items() if m.weights_losses)
     return [
         f"Two 8 x 8 digits on a {_data.SIDE} x {_data.SIDE} canvas, the second {_data.SHIFT} pixels further right and "
         "down, the brighter of the two at every pixel. Tasks: left digit, right digit, parity of their sum.",
@@ -68,18 +88,17 @@ def protocol(config: Config) -> list[str]:
         f"{config.train_size:,} training and {config.test_size:,} test canvases.",
         f"One trunk of two hidden layers of {config.width} units (ReLU), one linear head a task, mean cross-entropies.",
         f"{config.records * config.steps_per_record:,} steps of Adam with learning rate {config.learning_rate:g} and "
-        f"batches of {config.batch_size} for every method, and every method's default arguments (but dwa is told how "
-        "long an epoch is, and uncertainty that the tasks are classifications).",
+        f"batches of {config.batch_size} for every method, and every method's default arguments (but dwa, igb and stch "
+        "are told how long an epoch is, and uncertainty that the tasks are classifications).",
         "The defaults for learning rate, width and steps were settled once, after pilot runs of equal weighting and "
         "single-task networks alone, whose test accuracies were seen.",
         "mao is itself one Adam a task with that learning rate, their steps summed, so that its trunk moves up to "
         "three times as far in a step.",
         f"Seeds: {config.seeds}. A seed fixes split, canvases, initial weights and order of the batches, the same for "
         "every method: methods are compared seed by seed.",
-        "Methods that weight losses (linear_scalarization, rlw, uncertainty, dwa, adaptive_weight_assignment, "
-        "hydalearn) weight trunk and heads; the others act on the trunk only, and each head gets its own gradient (in "
-        "ial, weighted by the task's uncertainty).",
-        f"{primary} serve a primary task, here the {TASKS[0]} digit; the other methods serve all tasks.",
+        f"Methods that weight losses ({weights_losses}) weight trunk and heads; the others act on the trunk only, and "
+        "each head gets its own gradient (in ial and imtl, weighted by what is learned of the task's loss).",
+        f"Some methods serve a primary task, here the {TASKS[0]} digit ({primary}); the others serve all tasks.",
         "Single-task networks: the same trunk with one head, as many steps; three networks instead of one.",
         "Scores are test accuracies after the last step, with no early stopping. Δm is the gain in accuracy relative "
         "to the single-task network of the same seed, averaged over the three tasks.",

@@ -44,11 +44,13 @@ class Method:
       build: makes the whole optimiser.
       summary: one line for `--list`.
       serves_primary: whether it serves one main task rather than all.
+      weights_losses: whether it weights trunk and heads, as weights on the losses do.
     """
 
     build: Callable[[Setting], optax.GradientTransformation]
     summary: str
     serves_primary: bool = False
+    weights_losses: bool = False
 
 
 def is_shared(path: str) -> bool:
@@ -56,60 +58,185 @@ def is_shared(path: str) -> bool:
     return path.startswith("trunk")
 
 
-def _weighted(make: Callable[[Setting], optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+_Make = Callable[[Setting], optax.GradientTransformation]
+
+
+def _weighted(make: _Make, summary: str, serves_primary: bool = False) -> Method:
     """Weights the losses: trunk and heads."""
-    return lambda s: optax.chain(make(s), s.optimizer)
+    return Method(lambda s: optax.chain(make(s), s.optimizer), summary, serves_primary, weights_losses=True)
 
 
-def _balanced(make: Callable[[Setting], optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+def _balanced(make: _Make, summary: str, serves_primary: bool = False) -> Method:
     """Balances the trunk's gradients; the heads' are their own."""
-    return lambda s: optax.chain(mtl.shared_and_heads(make(s), shared=is_shared), s.optimizer)
+    return Method(
+        lambda s: optax.chain(mtl.shared_and_heads(make(s), shared=is_shared), s.optimizer), summary, serves_primary
+    )
 
 
 METHODS = {
-    "linear_scalarization": Method(
-        _weighted(lambda s: mtl.linear_scalarization(s.num_tasks)),
+    "linear_scalarization": _weighted(
+        lambda s: mtl.linear_scalarization(s.num_tasks),
         "equal weighting: the sum of the losses",
     ),
-    "rlw": Method(
-        _weighted(lambda s: mtl.rlw(s.num_tasks, s.key)),
+    "rlw": _weighted(
+        lambda s: mtl.rlw(s.num_tasks, s.key),
         "random weights, new ones at every step",
     ),
-    "uncertainty": Method(
-        _weighted(lambda s: mtl.uncertainty(s.num_tasks, form=s.form)),
+    "uncertainty": _weighted(
+        lambda s: mtl.uncertainty(s.num_tasks, form=s.form),
         "weights learned as the noise level of each task",
     ),
-    "dwa": Method(
-        _weighted(lambda s: mtl.dwa(s.num_tasks, steps_per_epoch=s.steps_per_epoch)),
+    "dwa": _weighted(
+        lambda s: mtl.dwa(s.num_tasks, steps_per_epoch=s.steps_per_epoch),
         "more weight where the loss falls more slowly",
     ),
-    "adaptive_weight_assignment": Method(
-        _weighted(lambda s: mtl.adaptive_weight_assignment(s.num_tasks)),
+    "adaptive_weight_assignment": _weighted(
+        lambda s: mtl.adaptive_weight_assignment(s.num_tasks),
         "weights proportional to the losses",
     ),
-    "gradnorm": Method(
-        _balanced(lambda s: mtl.gradnorm(s.num_tasks)),
+    "gls": _weighted(
+        lambda s: mtl.gls(s.num_tasks),
+        "the geometric mean of the losses",
+    ),
+    "scale_invariant": _weighted(
+        lambda s: mtl.scale_invariant(s.num_tasks),
+        "the sum of the losses' logarithms",
+    ),
+    "uw_o": _weighted(
+        lambda s: mtl.uw_o(s.num_tasks),
+        "weights inverse to the losses",
+    ),
+    "uw_so": _weighted(
+        lambda s: mtl.uw_so(s.num_tasks),
+        "the softmax of the inverse losses",
+    ),
+    "imtl_l": _weighted(
+        lambda s: mtl.imtl_l(s.num_tasks),
+        "scales learned so that all losses are alike",
+    ),
+    "cov_weighting": _weighted(
+        lambda s: mtl.cov_weighting(s.num_tasks),
+        "more weight where the loss still varies",
+    ),
+    "slaw": _weighted(
+        lambda s: mtl.slaw(s.num_tasks),
+        "weights inverse to the losses' standard deviations",
+    ),
+    "igb": _weighted(
+        lambda s: mtl.igb(s.num_tasks, steps_per_epoch=s.steps_per_epoch),
+        "log losses, more weight where the gap is still large",
+    ),
+    "famo": _weighted(
+        lambda s: mtl.famo(s.num_tasks),
+        "weights learned so that all losses fall at one relative rate",
+    ),
+    "go4align": _weighted(
+        lambda s: mtl.go4align(s.num_tasks),
+        "tasks in two groups, each with one weight",
+    ),
+    "stch": _weighted(
+        lambda s: mtl.stch(s.num_tasks, form="log", steps_per_epoch=s.steps_per_epoch, warmup_epochs=1),
+        "a soft maximum of the losses, relative to those after a warm-up",
+    ),
+    "group_dro": _weighted(
+        lambda s: mtl.group_dro(s.num_tasks),
+        "weights grow exponentially with the losses",
+    ),
+    "cosmos": _weighted(
+        lambda s: mtl.cosmos(s.num_tasks),
+        "the mean loss, held near equal losses",
+    ),
+    "pbi": _weighted(
+        lambda s: mtl.pbi(s.num_tasks),
+        "equal losses first, then small ones",
+    ),
+    "ldc_mtl": _weighted(
+        lambda s: mtl.ldc_mtl(s.num_tasks),
+        "a learned router, and a penalty on gaps between the weighted losses",
+    ),
+    "gradnorm": _balanced(
+        lambda s: mtl.gradnorm(s.num_tasks),
         "weights learned so that gradient norms follow training rates",
     ),
-    "mgda": Method(
-        _balanced(lambda s: mtl.mgda(s.num_tasks)),
+    "mgda": _balanced(
+        lambda s: mtl.mgda(s.num_tasks),
         "the shortest convex combination of the gradients",
     ),
-    "pcgrad": Method(
-        _balanced(lambda s: mtl.pcgrad(s.num_tasks, s.key)),
+    "pcgrad": _balanced(
+        lambda s: mtl.pcgrad(s.num_tasks, s.key),
         "projects conflicting gradients off each other",
     ),
-    "cagrad": Method(
-        _balanced(lambda s: mtl.cagrad(s.num_tasks)),
+    "cagrad": _balanced(
+        lambda s: mtl.cagrad(s.num_tasks),
         "helps the worst task, near the mean gradient",
     ),
-    "edm": Method(
-        _balanced(lambda s: mtl.edm(s.num_tasks)),
+    "edm": _balanced(
+        lambda s: mtl.edm(s.num_tasks),
         "the central direction: equal angles to all gradients",
     ),
-    "cdtt": Method(
-        _balanced(lambda s: mtl.cdtt(s.num_tasks)),
+    "cdtt": _balanced(
+        lambda s: mtl.cdtt(s.num_tasks),
         "the central direction, pulled towards tasks that lag",
+    ),
+    "upgrad": _balanced(
+        lambda s: mtl.upgrad(s.num_tasks),
+        "every gradient projected so that none conflicts, then averaged",
+    ),
+    "dual_proj": _balanced(
+        lambda s: mtl.dual_proj(s.num_tasks),
+        "the mean gradient, projected so that none conflicts",
+    ),
+    "nash_mtl": _balanced(
+        lambda s: mtl.nash_mtl(s.num_tasks),
+        "the tasks' bargain, blind to their scales",
+    ),
+    "fairgrad": _balanced(
+        lambda s: mtl.fairgrad(s.num_tasks),
+        "gains shared out fairly",
+    ),
+    "gradvac": _balanced(
+        lambda s: mtl.gradvac(s.num_tasks, s.key),
+        "pulls gradients to the cosines they used to have",
+    ),
+    "imtl_g": _balanced(
+        lambda s: mtl.imtl_g(s.num_tasks),
+        "equal projections on all tasks",
+    ),
+    "imtl": _balanced(
+        lambda s: mtl.imtl(s.num_tasks),
+        "learned loss scales, then equal projections",
+    ),
+    "aligned_mtl": _balanced(
+        lambda s: mtl.aligned_mtl(s.num_tasks),
+        "gradients made orthogonal and equally long",
+    ),
+    "con_fig": _balanced(
+        lambda s: mtl.con_fig(s.num_tasks),
+        "equal angles with all tasks",
+    ),
+    "sdmgrad": _balanced(
+        lambda s: mtl.sdmgrad(s.num_tasks),
+        "the min-norm point, held near the mean, in a few warm steps",
+    ),
+    "modo": _balanced(
+        lambda s: mtl.modo(s.num_tasks),
+        "the min-norm point, one step of it at every step",
+    ),
+    "moco": _balanced(
+        lambda s: mtl.moco(s.num_tasks),
+        "the min-norm point of the gradients' running means",
+    ),
+    "db_mtl": _balanced(
+        lambda s: mtl.db_mtl(s.num_tasks),
+        "running means of the log losses' gradients, all of one norm",
+    ),
+    "excess_mtl": _balanced(
+        lambda s: mtl.excess_mtl(s.num_tasks),
+        "more weight where the excess risk is estimated higher",
+    ),
+    "graddrop": _balanced(
+        lambda s: mtl.graddrop(s.num_tasks, s.key),
+        "keeps one sign at every parameter, drawn by its share",
     ),
     "mao": Method(
         lambda s: mtl.mao(s.learning_rate, s.num_tasks),
@@ -120,8 +247,38 @@ METHODS = {
         "auxiliary gradients rescaled to the primary task's",
         serves_primary=True,
     ),
-    "hydalearn": Method(
-        _weighted(lambda s: mtl.hydalearn(s.num_tasks, learning_rate=s.learning_rate, primary=s.primary)),
+    "grad_cosine": _balanced(
+        lambda s: mtl.grad_cosine(s.num_tasks, primary=s.primary),
+        "auxiliary gradients while they agree with the primary task's",
+        serves_primary=True,
+    ),
+    "ol_aux": _weighted(
+        lambda s: mtl.ol_aux(s.num_tasks, primary=s.primary),
+        "weights learned by how much each helper helped the primary task",
+        serves_primary=True,
+    ),
+    "bloop": _balanced(
+        lambda s: mtl.bloop(s.num_tasks, primary=s.primary),
+        "auxiliary gradients across the primary task's running mean",
+        serves_primary=True,
+    ),
+    "auto_lambda": _weighted(
+        lambda s: mtl.auto_lambda(s.num_tasks, learning_rate=s.learning_rate, primary=s.primary),
+        "weights that descend on the primary task's loss one step ahead",
+        serves_primary=True,
+    ),
+    "auxi_nash": _balanced(
+        lambda s: mtl.auxi_nash(s.num_tasks, primary=s.primary),
+        "a bargain whose powers are learned for the primary task",
+        serves_primary=True,
+    ),
+    "pcd": _balanced(
+        lambda s: mtl.pcd(s.num_tasks, primary=s.primary),
+        "the primary task's gradient, with a share for every other",
+        serves_primary=True,
+    ),
+    "hydalearn": _weighted(
+        lambda s: mtl.hydalearn(s.num_tasks, learning_rate=s.learning_rate, primary=s.primary),
         "weights by what a trial step on each task gains the primary one",
         serves_primary=True,
     ),

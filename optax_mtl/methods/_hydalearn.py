@@ -8,7 +8,7 @@ from jax import lax, numpy as jnp
 import optax
 
 from optax_mtl import _base, _gramian
-from optax_mtl._oracles import stack_losses
+from optax_mtl._oracles import losses_at
 from optax_mtl._weighting import weighting
 
 
@@ -71,13 +71,7 @@ def hydalearn_gains(
             rate = jnp.where(task < 0, 0, jnp.asarray(learning_rate, grads.dtype))
             return param - (rate * grads[jnp.maximum(task, 0)]).astype(param.dtype)
 
-        losses = stack_losses(value_fn(jax.tree.map(step, params, task_grads)))
-        if losses.shape != (num_tasks,):
-            raise ValueError(
-                f"hydalearn: value_fn returned {losses.shape[0]} losses, wanted those of all {num_tasks} tasks, as "
-                "value_and_task_grads takes them (without auxiliary data)."
-            )
-        return losses[primary]
+        return losses_at(value_fn, jax.tree.map(step, params, task_grads), num_tasks, "hydalearn")[primary]
 
     num_tasks = jax.tree.leaves(task_grads)[0].shape[0]
     before, after = jnp.split(lax.map(primary_loss, jnp.arange(-1, num_tasks)), [1])

@@ -84,10 +84,7 @@ def nash_mtl(
         weights, residual = _solve(gramian, preference, present)
         if max_norm is not None:
             # The exact solution's |d|^2 is the sum of the powers; a rounded one's, near a stationary point, is not.
-            unit, norms = _solvers.cosines(gramian)
-            length = jnp.sqrt(jnp.maximum((weights * norms) @ unit @ (weights * norms), 0))
-            limit = jnp.asarray(max_norm, length.dtype)
-            weights = weights * jnp.where(length > limit, limit / jnp.where(length > 0, length, 1), 1)
+            weights = _solvers.shortened(weights, gramian, max_norm)
         return weights, _solvers.Solved(residual)
 
     return weighting("nash_mtl", num_tasks, rule, _solvers.Solved.init)

@@ -97,17 +97,10 @@ def pcgrad(
     first_key = _base.as_key("pcgrad", key) if is_random else None
 
     def rule(gramian: jax.Array, state: PCGradState, *, present: jax.Array, **_: Any) -> tuple[jax.Array, PCGradState]:
-        orders = jnp.broadcast_to(jnp.arange(num_tasks), (num_tasks, num_tasks))
-        if state.key is not None:
-            key, now = jax.random.split(state.key)
-            state = PCGradState(key)
-            if order == "shared":
-                orders = jnp.broadcast_to(jax.random.permutation(now, num_tasks), orders.shape)
-            else:
-                orders = jax.random.permutation(now, orders, axis=1, independent=True)
+        orders, next_key = _base.draw_orders(order, state.key, num_tasks)
         weights = pcgrad_weights(gramian, orders)
         if reduction == "mean":
             weights = weights * _base.equal_weights(present, weights.dtype)
-        return weights, state
+        return weights, PCGradState(next_key)
 
     return weighting("pcgrad", num_tasks, rule, lambda dtype, params: PCGradState(first_key))
