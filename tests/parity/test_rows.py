@@ -2,11 +2,14 @@
 
 import pathlib
 
+from jax import numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import optax_mtl as mtl
 from parity import comparisons, report, rows
-from parity.records import at_most, mix, norm
+from parity.records import at_most, close, mix, norm
 
 ROOT = pathlib.Path(__file__).parents[2]
 # What the peers were given, and further fields of an answer.
@@ -51,6 +54,18 @@ def test_why_torchjd_cagrad_returns_zero(c):
     small = (norm(mix(shares, cases.grads)) < 1e-4 * np.sqrt(trace)) | (trace < 1e-4)
     assert np.all(small | (cases.kind == "zero_row") | ~zero)
     assert np.all((rows.worst_case(cases, updates) > 0) | (cases.kind != "zero_row") | (trace == 0) | ~zero)
+
+
+def test_gradnorm_steps_in_the_direction_of_libmtl():
+    # From equal weights, the Jacobian only takes the mean off, as our renormalisation does: a step, after one at rest
+    # like LibMTL's first, goes in the direction of LibMTL's.
+    cases = comparisons.SHORT_RUNS
+    optimizer = optax.sgd(lambda count: jnp.where(count == 1, 0.01, 0.0))
+    weights = np.asarray(rows.learn(lambda: mtl.gradnorm(comparisons.MOST, optimizer=optimizer))[1].task_weights)
+    np.testing.assert_allclose(weights[:, :2], np.repeat(cases.present[:, None], 2, axis=1), rtol=1e-14)
+    step, gradient = weights[:, 2] - cases.present, cases("libmtl.GradNorm.grad")[:, 1]
+    unit_step, unit_gradient = (each / np.maximum(norm(each), 1e-300)[:, None] for each in (step, gradient))
+    close(unit_step, -unit_gradient, 1, 1e-10)
 
 
 def test_everything_that_is_recorded_has_a_row():
