@@ -56,6 +56,7 @@ class Peer:
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     grads: np.ndarray
+    others: np.ndarray  # two more samples
     losses: np.ndarray
     losses_after: np.ndarray
 
@@ -64,9 +65,10 @@ def draw(num_tasks, seed):
     """Gradients in general position, some of which conflict, of norms within a factor of three; positive losses."""
     rng = np.random.default_rng(seed)
     grads = rng.standard_normal((STEPS, num_tasks, SIZE)) - 0.3 * rng.standard_normal((STEPS, 1, SIZE))
-    lengths = rng.uniform(0.5, 1.5, (STEPS, num_tasks, 1))
+    grads *= rng.uniform(0.5, 1.5, (STEPS, num_tasks, 1))
+    others = grads + 0.2 * rng.standard_normal((2, *grads.shape))
     losses = rng.uniform(0.1, 3, (2, STEPS, num_tasks))
-    return Inputs(grads * lengths, *losses)
+    return Inputs(grads, others, *losses)
 
 
 def aggregator(make):
@@ -76,6 +78,22 @@ def aggregator(make):
         aggregation = pytest.importorskip("torchjd.aggregation", reason="pip install '.[peers]'")
         aggregate = make(aggregation, num_tasks)
         return lambda inputs, k: aggregate(torch.tensor(inputs.grads[k])).numpy()
+
+    return theirs
+
+
+def cross_weighting(make):
+    """A weighting of TorchJD of the matrix of inner products between two samples of the gradients."""
+
+    def theirs(torch, num_tasks):
+        aggregation = pytest.importorskip("torchjd.aggregation", reason="pip install '.[peers]'")
+        weigh = make(aggregation, num_tasks)
+
+        def update(inputs, k):
+            first, second = inputs.others[:, k]
+            return weigh(torch.tensor(first @ second.T)).numpy() @ inputs.grads[k]
+
+        return update
 
     return theirs
 
@@ -143,6 +161,10 @@ def with_losses_after(inputs, k):
     return {"losses": inputs.losses[k], "losses_after": inputs.losses_after[max(k - 1, 0)]}
 
 
+def with_samples(inputs, k):
+    return {"independent_grads": tuple(inputs.others[:, k])}
+
+
 def bargain(grads, direction):
     """The logarithm of the product of the gains along a direction."""
     gains = grads @ (direction / np.linalg.norm(direction))
@@ -188,6 +210,15 @@ PEERS = [
     Peer("dual_proj", aggregator(lambda td, n: td.DualProj(projector=hardly_regularised())), tolerance=1e-6),
     Peer("pcd", aggregator(lambda td, n: td.PCD()), tolerance=1e-7),
     Peer("trimmed_mean", aggregator(lambda td, n: td.TrimmedMean(1)), {"k": 1}, tasks=(4, 5)),
+    Peer("modo", cross_weighting(lambda td, n: td.MoDoWeighting()), given=with_samples),
+    # At its own rate of 10 rounding grows; it adds 1e-8 to the squared scale of the gradients.
+    Peer(
+        "sdmgrad",
+        cross_weighting(lambda td, n: td.SDMGradWeighting(lr=0.5)),
+        {"inner_learning_rate": 0.5},
+        tolerance=1e-6,
+        given=with_samples,
+    ),
     Peer("gls", scalarizer(lambda td, n: td.GeometricMean()), given=with_losses),
     Peer("stch", scalarizer(lambda td, n: td.STCH(0.3)), {"mu": 0.3}, given=with_losses),
     Peer("cosmos", scalarizer(lambda td, n: td.COSMOS(1.0, equal(n))), given=with_losses),

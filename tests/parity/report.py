@@ -29,9 +29,11 @@ The inputs and the answers of the peers are recorded, in float64: {peers}, and t
 of 1 to 10 tasks, in general position, conflicting, badly scaled (norms 1e-4 to 1e4), with duplicate, zero and nearly
 parallel rows, of low rank, and Pareto-stationary; and runs of a few steps for methods that remember something.
 
-- *compared*: answers that are compared, of those that are recorded; the rest are those that the peer failed to solve.
+- *compared*: answers that are compared, of those that are recorded. The last column says what is left out: most often
+  what the peer did not solve, or where an epsilon that it adds counts.
 - *largest difference*: relative, and the kind of case it occurs in. Up to {rounding:.0e} it is rounding.
-- *from the optimum*: largest relative distance from the exact solution, where there is one: ours, and the peer's.
+- *from the optimum*: largest relative distance from the exact solution over all that is recorded, ours and the peer's,
+  where the problem has one; or what the last column says.
 
 | method | peer | recorded as | compared | largest difference | from the optimum: ours | theirs | how it is compared |
 |---|---|---|---|---|---|---|---|
