@@ -4,7 +4,7 @@ from optax_mtl._base import BalanceState
 from optax_mtl._checked import checked
 from optax_mtl._combinators import mean_tasks, per_task, shared_and_heads, sum_tasks
 from optax_mtl._diagnostics import task_cosines, task_norms
-from optax_mtl._gramian import combine, Gramian, task_gramian
+from optax_mtl._gramian import combine, Gramian, task_cross_gramian, task_gramian
 from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grads
 from optax_mtl.methods._adaptive_weight_assignment import adaptive_weight_assignment, adaptive_weight_assignment_weights
 from optax_mtl.methods._aligned_mtl import aligned_mtl, aligned_mtl_weights
@@ -17,15 +17,18 @@ from optax_mtl.methods._con_fig import con_fig, con_fig_momentum, con_fig_weight
 from optax_mtl.methods._cosmos import cosmos, cosmos_weights
 from optax_mtl.methods._cov_weighting import cov_weighting, cov_weighting_weights
 from optax_mtl.methods._cr_mogm import cr_mogm
+from optax_mtl.methods._db_mtl import db_mtl, db_mtl_weights
 from optax_mtl.methods._dtp import dtp, dtp_weights
 from optax_mtl.methods._dual_proj import dual_proj, dual_proj_weights
 from optax_mtl.methods._dwa import dwa, dwa_weights
 from optax_mtl.methods._edm import edm, edm_weights
+from optax_mtl.methods._excess_mtl import excess_mtl, excess_risks
 from optax_mtl.methods._fairgrad import fairgrad, fairgrad_weights
 from optax_mtl.methods._famo import famo, famo_logit_grads, famo_weights
 from optax_mtl.methods._gls import gls, gls_weights
 from optax_mtl.methods._go4align import go4align, go4align_weights, group_means
 from optax_mtl.methods._grad_cosine import grad_cosine, grad_cosine_weights
+from optax_mtl.methods._graddrop import graddrop
 from optax_mtl.methods._gradnorm import gradnorm, gradnorm_weight_grads
 from optax_mtl.methods._gradvac import gradvac, gradvac_weights
 from optax_mtl.methods._group_dro import group_dro, group_dro_weights
@@ -40,15 +43,20 @@ from optax_mtl.methods._ldc_mtl import ldc_mtl, ldc_mtl_factors
 from optax_mtl.methods._linear_scalarization import linear_scalarization
 from optax_mtl.methods._mao import mao, scale_by_mao
 from optax_mtl.methods._mgda import mgda, mgda_weights
+from optax_mtl.methods._moco import moco, moco_weights
+from optax_mtl.methods._modo import modo, modo_weights
 from optax_mtl.methods._nash_mtl import nash_mtl, nash_mtl_weights
 from optax_mtl.methods._ol_aux import ol_aux
 from optax_mtl.methods._pbi import pbi, pbi_weights
 from optax_mtl.methods._pcd import pcd, pcd_weights
 from optax_mtl.methods._pcgrad import pcgrad, pcgrad_weights
+from optax_mtl.methods._pike import pike, pike_gains
 from optax_mtl.methods._rlw import rlw, rlw_weights
 from optax_mtl.methods._scale_invariant import scale_invariant, scale_invariant_weights
+from optax_mtl.methods._sdmgrad import sdmgrad, sdmgrad_solution
 from optax_mtl.methods._slaw import slaw, slaw_weights
 from optax_mtl.methods._stch import stch, stch_weights
+from optax_mtl.methods._trimmed_mean import trimmed_mean
 from optax_mtl.methods._uncertainty import uncertainty, uncertainty_weights
 from optax_mtl.methods._update_every import update_every
 from optax_mtl.methods._upgrad import upgrad, upgrad_weights
@@ -82,6 +90,8 @@ __all__ = [
     "cov_weighting",
     "cov_weighting_weights",
     "cr_mogm",
+    "db_mtl",
+    "db_mtl_weights",
     "dtp",
     "dtp_weights",
     "dual_proj",
@@ -90,6 +100,8 @@ __all__ = [
     "dwa_weights",
     "edm",
     "edm_weights",
+    "excess_mtl",
+    "excess_risks",
     "fairgrad",
     "fairgrad_weights",
     "famo",
@@ -101,6 +113,7 @@ __all__ = [
     "go4align_weights",
     "grad_cosine",
     "grad_cosine_weights",
+    "graddrop",
     "gradnorm",
     "gradnorm_weight_grads",
     "gradvac",
@@ -130,6 +143,10 @@ __all__ = [
     "mean_tasks",
     "mgda",
     "mgda_weights",
+    "moco",
+    "moco_weights",
+    "modo",
+    "modo_weights",
     "nash_mtl",
     "nash_mtl_weights",
     "ol_aux",
@@ -140,11 +157,15 @@ __all__ = [
     "pcgrad",
     "pcgrad_weights",
     "per_task",
+    "pike",
+    "pike_gains",
     "rlw",
     "rlw_weights",
     "scale_by_mao",
     "scale_invariant",
     "scale_invariant_weights",
+    "sdmgrad",
+    "sdmgrad_solution",
     "shared_and_heads",
     "slaw",
     "slaw_weights",
@@ -153,9 +174,11 @@ __all__ = [
     "stch_weights",
     "sum_tasks",
     "task_cosines",
+    "task_cross_gramian",
     "task_gramian",
     "task_names",
     "task_norms",
+    "trimmed_mean",
     "uncertainty",
     "uncertainty_weights",
     "update_every",

@@ -160,7 +160,14 @@ def check_preference(preference: Any, num_tasks: int) -> None:
 # -- Checks of an update's arguments ---------------------------------------------------------------------------------
 
 
-def check_task_grads(updates: TaskGrads, num_tasks: int, params: Params | None = None, *, single: bool = False) -> None:
+def check_task_grads(
+    updates: TaskGrads,
+    num_tasks: int,
+    params: Params | None = None,
+    *,
+    single: bool = False,
+    name: str = "task_grads",
+) -> None:
     """Raises `ValueError` unless every leaf of `updates` is `(num_tasks, *param.shape)`.
 
     Args:
@@ -168,20 +175,21 @@ def check_task_grads(updates: TaskGrads, num_tasks: int, params: Params | None =
       num_tasks: length of the task axis.
       params: the parameters, if known; without them only the task axis itself can be checked.
       single: whether a task axis of length 1 will do too (a leaf that only one task reaches).
+      name: what the gradients are called, for messages.
     """
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     if params is not None:
         shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
         if len(shapes) != len(leaves):
             raise ValueError(
-                f"task_grads has {len(leaves)} leaves but params has {len(shapes)}: pass the gradients and the "
+                f"{name} has {len(leaves)} leaves but params has {len(shapes)}: pass the gradients and the "
                 "parameters as trees of the same structure."
             )
     for i, (path, leaf) in enumerate(leaves):
         found = jnp.shape(leaf)
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
-                f"task_grads{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, wanted floating point. "
+                f"{name}{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, wanted floating point. "
                 "(Optimise the real and imaginary parts of complex parameters: optax.contrib.split_real_and_imaginary.)"
             )
         shape = shapes[i] if params is not None else found[1:]
@@ -196,7 +204,7 @@ def check_task_grads(updates: TaskGrads, num_tasks: int, params: Params | None =
         else:
             why = "Balancing methods take one gradient a task, stacked along axis 0: compute"
         raise ValueError(
-            f"task_grads{where} has shape {found}, wanted {wanted}. {why} them with\n"
+            f"{name}{where} has shape {found}, wanted {wanted}. {why} them with\n"
             "    losses, task_grads = optax_mtl.value_and_task_grads(loss_fn)(params, batch)\n"
             "or stack your own with optax_mtl.stack_task_grads([grads_of_task_0, ...]), and put the balancing method "
             "before every other transformation in optax.chain (or wrap those in optax_mtl.per_task). optax.MultiSteps "

@@ -63,9 +63,32 @@ def task_gramian(task_grads: _base.TaskGrads) -> jax.Array:
     if isinstance(task_grads, Gramian):
         matrix = jnp.asarray(task_grads.matrix)
         return matrix.astype(_base.accumulator_dtype(matrix))
-    dtype = _base.accumulator_dtype(task_grads)
-    gramian = jax.tree.reduce(operator.add, jax.tree.map(lambda leaf: _leaf_gramian(leaf, dtype), task_grads))
+    gramian = task_cross_gramian(task_grads, task_grads)
     return (gramian + gramian.T) / 2
+
+
+def task_cross_gramian(first: _base.TaskGrads, second: _base.TaskGrads) -> jax.Array:
+    """Inner products of the tasks' gradients from two batches, `M[i, j] = <first_i, second_j>` over all leaves.
+
+    If the batches are independent its expectation is the Gramian of the expected gradients; that of a Gramian is larger
+    by the gradients' covariance.
+
+    Args:
+      first: leaves `(T, *shape)`, sharded in any way except along the task axis.
+      second: as `first`.
+
+    Returns:
+      `(T, T)`, not symmetric, in float32 (float64 if any leaf has it).
+
+    Example:
+      >>> import jax.numpy as jnp, optax_mtl as mtl
+      >>> mtl.task_cross_gramian(jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[1.0, 1.0], [0.0, 3.0]])).tolist()
+      [[1., 0.], [2., 6.]]
+    """
+    dtype = _base.accumulator_dtype((first, second))
+    products = jax.tree.map(lambda a, b: _leaf_products(a, b, dtype), first, second)
+    cross: jax.Array = jax.tree.reduce(operator.add, products)
+    return cross
 
 
 def task_squared_norms(task_grads: _base.TaskGrads) -> jax.Array:
@@ -105,32 +128,33 @@ def task_products(task_grads: _base.TaskGrads, direction: _base.Params) -> jax.A
     return jax.tree.reduce(operator.add, jax.tree.map(leaf_products, task_grads, direction))
 
 
-def _leaf_gramian(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _leaf_products(first: jax.Array, second: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # A product over all parameter axes leaves a sharded leaf where it is, and ends in one all-reduce of (T, T);
     # flattening it first would gather it. With a single device nothing is sharded, and the CPU wants chunks.
-    if leaf.size <= leaf.shape[0] * _CHUNK or jax.device_count() > 1:
-        return _contract(leaf, dtype)
+    if first.size <= first.shape[0] * _CHUNK or jax.device_count() > 1:
+        return _contract(first, second, dtype)
     return lax.platform_dependent(
-        leaf, cpu=lambda leaf: _contract_chunks(leaf, dtype), default=lambda leaf: _contract(leaf, dtype)
+        first, second, cpu=lambda a, b: _contract_chunks(a, b, dtype), default=lambda a, b: _contract(a, b, dtype)
     )
 
 
-def _contract(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    axes = tuple(range(1, leaf.ndim))
+def _contract(first: jax.Array, second: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    axes = tuple(range(1, first.ndim))
     return lax.dot_general(
-        leaf, leaf, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+        first, second, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=dtype
     )
 
 
-def _contract_chunks(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    num_tasks, size = leaf.shape[0], math.prod(leaf.shape[1:])
-    flat = leaf.reshape(num_tasks, size)
+def _contract_chunks(first: jax.Array, second: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    num_tasks, size = first.shape[0], math.prod(first.shape[1:])
+    a, b = first.reshape(num_tasks, size), second.reshape(num_tasks, size)
     whole = size // _CHUNK
 
-    def add_chunk(i: jax.Array, gramian: jax.Array) -> jax.Array:
-        return gramian + _contract(lax.dynamic_slice(flat, (0, i * _CHUNK), (num_tasks, _CHUNK)), dtype)
+    def add_chunk(i: jax.Array, products: jax.Array) -> jax.Array:
+        chunks = [lax.dynamic_slice(flat, (0, i * _CHUNK), (num_tasks, _CHUNK)) for flat in (a, b)]
+        return products + _contract(chunks[0], chunks[1], dtype)
 
-    return lax.fori_loop(0, whole, add_chunk, _contract(flat[:, whole * _CHUNK :], dtype))
+    return lax.fori_loop(0, whole, add_chunk, _contract(a[:, whole * _CHUNK :], b[:, whole * _CHUNK :], dtype))
 
 
 def combine(weights: jax.Array, task_grads: _base.TaskGrads) -> Any:

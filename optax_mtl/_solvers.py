@@ -16,10 +16,25 @@ line search. It ends after one solve for two tasks, 3 to 7 in general position a
 of magnitude; the authors of Nash-MTL solve up to twenty convex programs for it.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+import functools
+from typing import Any, cast, NamedTuple, TypeVar
 
 import jax
 from jax import lax, numpy as jnp
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def full_precision(function: Function) -> Function:
+    """Takes matrix products with all digits of the dtype, on devices too that keep a few unless asked (TPU, TF32)."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return cast(Function, run)
 
 
 def cosines(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -47,6 +62,7 @@ def reciprocal(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
 
 
+@full_precision
 def norm_of(coefficients: jax.Array, unit: jax.Array) -> jax.Array:
     """The norm `()` of a combination of unit gradients with Gramian `unit`; zero where all cancels but for rounding."""
     square = coefficients @ unit @ coefficients
@@ -54,6 +70,7 @@ def norm_of(coefficients: jax.Array, unit: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.where(square > rounding, square, 0))
 
 
+@full_precision
 def shortened(weights: jax.Array, gramian: jax.Array, max_norm: jax.typing.ArrayLike) -> jax.Array:
     """The weights, scaled down if the combination that they make is longer than `max_norm`."""
     unit, norms = cosines(gramian)
@@ -87,6 +104,7 @@ class Solved(NamedTuple):
         return cls(jnp.zeros((), dtype))
 
 
+@full_precision
 def min_norm_point(gramian: jax.Array, allowed: jax.Array) -> Solution:
     """Convex weights of the point of least norm in the convex hull of the gradients.
 
@@ -129,6 +147,7 @@ def central_weights(gramian: jax.Array, allowed: jax.Array) -> Solution:
     return weights * r * reciprocal(weights @ r), residual
 
 
+@full_precision
 def project_on_dual_cone(gramian: jax.Array, point: jax.Array, allowed: jax.Array) -> Solution:
     """Coefficients of the vector nearest to `G^T point` that conflicts with no gradient.
 
@@ -154,6 +173,7 @@ def project_on_dual_cone(gramian: jax.Array, point: jax.Array, allowed: jax.Arra
     return point + largest * moved * reciprocal(lengths), residual
 
 
+@full_precision
 def nonnegative_quadratic(matrix: jax.Array, linear: jax.Array, allowed: jax.Array) -> Solution:
     """The `x >= 0` that minimises `x^T A x / 2 - linear^T x`.
 
@@ -175,6 +195,7 @@ def nonnegative_quadratic(matrix: jax.Array, linear: jax.Array, allowed: jax.Arr
     return largest * x * reciprocal(norms), _violation(unit @ x - wanted, x, allowed)
 
 
+@full_precision
 def log_barrier_point(gramian: jax.Array, preference: jax.Array, exponent: jax.Array, allowed: jax.Array) -> Solution:
     """The positive weights with `M w = preference * w ** -exponent`: of Nash, and of all that is fair in some way.
 
@@ -245,6 +266,7 @@ def log_barrier_point(gramian: jax.Array, preference: jax.Array, exponent: jax.A
     )
 
 
+@full_precision
 def worst_case_in_ball(gramian: jax.Array, centre: jax.Array, radius: jax.Array, allowed: jax.Array) -> Solution:
     """Coefficients `y` of the step `G^T y` from `d0 = G^T centre` that helps the worst task most.
 
@@ -312,6 +334,7 @@ def worst_case_in_ball(gramian: jax.Array, centre: jax.Array, radius: jax.Array,
     return size * u * reciprocal(norms), jnp.where(jnp.any(allowed), residual, 0)
 
 
+@full_precision
 def spectrum(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Eigenvalues and eigenvectors of a Gramian, and its rank.
 
@@ -327,6 +350,7 @@ def spectrum(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return values, basis, values > rows * jnp.finfo(values.dtype).eps * values[-1]
 
 
+@full_precision
 def pseudo_solve(matrix: jax.Array, vector: jax.Array) -> jax.Array:
     """The least-squares solution of least norm, `A^+ b`, for a positive semi-definite `A`.
 
@@ -452,3 +476,24 @@ def _solve_on(support: jax.Array, matrix: jax.Array, *vectors: jax.Array) -> lis
     x = jax.scipy.linalg.lu_solve(factors, right)
     x = x + jax.scipy.linalg.lu_solve(factors, right - kept @ x)
     return list(jnp.where(support[:, None], x, 0).T)
+
+
+def project_onto_simplex(point: jax.Array, allowed: jax.Array) -> jax.Array:
+    """The nearest point of the simplex.
+
+    Args:
+      point: `(T,)`; infinite entries, from an overflow, are taken for very large ones.
+      allowed: `(T,)` of bool; the others get weight zero.
+
+    Returns:
+      `(T,)`, non-negative, summing to one; all zero if no entry is allowed.
+    """
+    largest = jnp.finfo(point.dtype).max / 2
+    point = jnp.clip(point, -largest, largest)
+    # The threshold lies less than one below the largest entry. What is lower, and what is not allowed, ends at zero.
+    point = point - jnp.max(point, where=allowed, initial=-largest)
+    point = jnp.where(allowed, jnp.maximum(point, -1), -1)
+    descending = jnp.sort(point)[::-1]
+    ranks = jnp.arange(1, len(point) + 1).astype(point.dtype)
+    threshold = jnp.max((jnp.cumsum(descending) - 1) / ranks)
+    return jnp.where(allowed, jnp.maximum(point - threshold, 0), 0)

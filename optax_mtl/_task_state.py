@@ -122,3 +122,24 @@ def learn_log_variances(
     """
     learned = learn_scalars(optimizer, log_variances, penalty_slope - weights * losses, present)
     return learned._replace(value=jnp.clip(learned.value, -60, 60))
+
+
+def multiply_weights(log_weights: jax.Array, gains: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Multiplies the weights of the tasks that are present by the exponentials of their gains.
+
+    The weights that are kept sum to one over all tasks. Those of the tasks present keep their sum, as the others keep
+    their weights; as they are used, they sum to one over the tasks present.
+
+    Args:
+      log_weights: `(T,)`.
+      gains: `(T,)`.
+      present: `(T,)` of bool.
+
+    Returns:
+      `(log_weights, weights)`: the logarithms to keep, and the weights to use, zero for absent tasks.
+    """
+    raised = log_weights + jnp.clip(gains.astype(log_weights.dtype), -1e12, 1e12)
+    anyone = present | ~jnp.any(present)
+    before, after = (jax.nn.logsumexp(x, where=anyone) for x in (log_weights, raised))
+    kept = _base.where_present(present, raised - after + before, log_weights)
+    return kept, jnp.where(present, _base.masked_softmax(raised, present), 0)

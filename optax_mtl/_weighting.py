@@ -1,6 +1,7 @@
 """From a rule for the weights to an Optax transformation: contract, Gramian, absentees, combination, state."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -82,15 +83,20 @@ def weighting(
         if losses is not None:
             losses = jnp.where(present, jnp.asarray(losses, gramian.dtype), 1)
 
-        weights, method_state = rule(
-            gramian,
-            state.method,
-            present=present,
-            losses=losses,
-            params=params,
-            task_grads=updates,
-            **extra_args,
-        )
+        # A TPU, or a GPU with TF32, keeps a few digits of a float32 product only, unless it is asked for all: for the
+        # rule it is, and the user's own function stays at the user's precision.
+        if callable(extra_args.get("value_fn")):
+            extra_args["value_fn"] = _at_present_precision(extra_args["value_fn"])
+        with jax.default_matmul_precision("highest"):
+            weights, method_state = rule(
+                gramian,
+                state.method,
+                present=present,
+                losses=losses,
+                params=params,
+                task_grads=updates,
+                **extra_args,
+            )
         weights = jnp.where(present, weights, 0)
         return (
             _gramian.combine(weights, updates),
@@ -98,6 +104,18 @@ def weighting(
         )
 
     return Weighting(init_fn, update_fn)
+
+
+def _at_present_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run at the matrix precision that is the default now, wherever it is called."""
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with jax.default_matmul_precision(precision):
+            return function(*args)
+
+    return run
 
 
 def check_weighting(inner: Any, method: str) -> Weighting:
@@ -121,6 +139,86 @@ def init_inner(inner: Weighting, params: _base.Params, num_tasks: int, method: s
             "Give both the same."
         )
     return state
+
+
+def stochastic_weighting(
+    name: str,
+    num_tasks: int,
+    rule: Rule,
+    init: Callable[[jnp.dtype, _base.Params], Any] = lambda dtype, params: (),
+) -> optax.GradientTransformationExtraArgs:
+    """A `weighting` whose rule can look at gradients of other batches than those that it weights.
+
+    `update` takes an extra argument `independent_grads`: the tasks' gradients on two more batches, a pair of trees like
+    `task_grads`, or their cross-Gramian, as a `Gramian`. The rule is then given the cross-Gramian in place of the
+    Gramian. A task whose gradient is not finite on one of them is absent for the step. (Where the method sees some of
+    the leaves only, under `optax.partition` say, whole trees will do.)
+
+    Args:
+      name: as for `weighting`.
+      num_tasks: as for `weighting`.
+      rule: as for `weighting`.
+      init: as for `weighting`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with a `BalanceState`.
+    """
+
+    def rule_apart(
+        gramian: jax.Array, state: Any, *, present: jax.Array, cross_gramian: jax.Array, **kwargs: Any
+    ) -> Any:
+        cross = jnp.where(jnp.outer(present, present), cross_gramian.astype(gramian.dtype), 0)
+        return rule(cross, state, present=present, **kwargs)
+
+    together = weighting(name, num_tasks, rule, init)
+    apart = weighting(name, num_tasks, rule_apart, init, needs_gramian=False)
+
+    def update_fn(
+        updates: _base.TaskGrads,
+        state: Any,
+        params: _base.Params | None = None,
+        *,
+        independent_grads: Any = None,
+        task_finite: jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        if independent_grads is None or not jax.tree.leaves(updates):
+            return together.update(updates, state, params, task_finite=task_finite, **extra_args)
+        cross = _cross_gramian(name, num_tasks, updates, params, independent_grads)
+        finite = jnp.isfinite(jnp.diagonal(cross))
+        # What is left can still overflow where one task's gradient is huge in one batch, and another's in the other.
+        finite &= jnp.all(jnp.isfinite(jnp.where(jnp.outer(finite, finite), cross, 0)), axis=1)
+        finite = finite if task_finite is None else finite & task_finite
+        return apart.update(updates, state, params, task_finite=finite, cross_gramian=cross, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(together.init, update_fn)
+
+
+def _cross_gramian(
+    name: str, num_tasks: int, updates: _base.TaskGrads, params: _base.Params | None, independent_grads: Any
+) -> jax.Array:
+    if isinstance(independent_grads, _gramian.Gramian):
+        _check_gramian(independent_grads, num_tasks)
+        return jnp.asarray(independent_grads.matrix)
+    if not isinstance(independent_grads, tuple | list) or len(independent_grads) != 2:
+        raise ValueError(
+            f"{name}: independent_grads must be the tasks' gradients on two more batches: write\n"
+            "    updates, opt_state = tx.update(task_grads, opt_state, params, independent_grads=(grads_1, grads_2))"
+        )
+
+    def own(update: Any, grads: Any) -> Any:
+        return update if _is_masked(update) else grads
+
+    pair = list(independent_grads)
+    for i, grads in enumerate(pair):
+        if not isinstance(updates, _gramian.Gramian):
+            pair[i] = grads = jax.tree.map(own, updates, grads, is_leaf=_is_masked)
+        _base.check_task_grads(grads, num_tasks, params, name=f"independent_grads[{i}]")
+    return _gramian.task_cross_gramian(*pair)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def _check_gramian(gramian: _gramian.Gramian, num_tasks: int) -> None:

@@ -79,6 +79,7 @@ def unit_step(g, loss):
 
 
 RANDOM = {"absent": "other draws for another number of tasks", "precision": "other draws in another dtype"}
+TRACKED = {"weights": "weights the tracked gradients", "gramian": "needs the gradients"}
 MIXER = {"weights": "mixes elementwise: there is no weight vector", "gramian": "needs the gradients"}
 
 CASES = (
@@ -257,6 +258,44 @@ CASES = (
         keeps=("permutation", "non-conflicting"),
     ),
     row(
+        mtl.db_mtl,
+        kwargs={"beta_sigma": 0.5},
+        needs=("positive losses",),
+        alone=lambda g, loss: 0.1 * g / loss,
+        keeps=("permutation", "task-scale"),
+        lacks=TRACKED,
+    ),
+    row(
+        mtl.db_mtl,
+        "beta=0",
+        kwargs={"beta": 0.0},
+        needs=("positive losses",),
+        alone=lambda g, loss: g / loss,
+        keeps=("permutation", "task-scale"),
+    ),
+    row(
+        mtl.excess_mtl,
+        kwargs={"warmup_steps": 2},
+        keeps=("permutation", "sum"),
+        lacks={"gramian": "needs the gradients"},
+    ),
+    row(
+        mtl.pike,
+        kwargs={"zeta1": 0.1, "zeta2": 0.1},
+        needs=("gradient_variance",),
+        scale=None,  # its factors are absolute
+        keeps=("permutation", "simplex"),
+    ),
+    row(
+        mtl.pike,
+        "balanced",
+        kwargs={"zeta1": 0.01, "zeta2": 0.1, "every": 2, "tau": 1.5},
+        needs=("gradient_variance", "losses"),
+        alone=lambda g, loss: 1.5 * g,
+        scale=None,
+        keeps=("permutation",),
+    ),
+    row(
         mtl.cdtt,
         kwargs={"window": 2},
         static=("window",),
@@ -294,6 +333,26 @@ CASES = (
         keeps=("permutation", "simplex"),
     ),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
+    row(mtl.sdmgrad, kwargs={"inner_learning_rate": 0.5}, keeps=("permutation", "simplex")),  # at 10 it is chaotic
+    row(mtl.modo, keeps=("permutation", "simplex"), scale=None),  # the weights' step is absolute
+    row(
+        mtl.moco,
+        alone=lambda g, loss: g / 2,
+        scale=None,  # the weights' step is absolute
+        keeps=("permutation", "simplex"),
+        lacks=TRACKED,
+    ),
+    row(
+        mtl.moco,
+        "softmax",
+        kwargs={"mapping": "softmax", "prenorm": True},
+        static=("mapping", "prenorm"),
+        needs=("losses",),
+        alone=lambda g, loss: 0.5 * loss * g / np.linalg.norm(g),
+        scale=0,
+        keeps=("permutation", "simplex"),
+        lacks=TRACKED,
+    ),
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
     row(mtl.grad_cosine),
     row(mtl.grad_cosine, "weighted", kwargs={"mode": "weighted", "primary": -1}),
@@ -354,6 +413,18 @@ CASES = (
     # -- Mixers and wrappers -----------------------------------------------------------------------------------------
     row(mtl.cr_mogm, kwargs={"inner": mtl.mgda}, keeps=("permutation",)),
     row(mtl.update_every, kwargs={"inner": mtl.mgda, "every": 2}, keeps=("permutation", "simplex")),
+    row(
+        mtl.graddrop,
+        kwargs={"key": 0, "leak": 0.25},
+        keeps=("permutation",),
+        lacks=MIXER | {"leaves": "draws leaf by leaf"},
+    ),
+    row(
+        mtl.trimmed_mean,
+        kwargs={"k": lambda num_tasks: (num_tasks - 1) // 2},
+        keeps=("permutation",),
+        lacks=MIXER,
+    ),
     row(
         mtl.scale_by_mao,
         alone=adam_step,

@@ -82,7 +82,7 @@ def losses(num_tasks=3, seed=0):
 
 def extra_args(losses):
     """What single methods ask for beside the losses, made from them."""
-    return {"kpis": jnp.exp(-jnp.abs(losses))}
+    return {"kpis": jnp.exp(-jnp.abs(losses)), "gradient_variance": jnp.abs(losses)}
 
 
 def value_fn(num_tasks):

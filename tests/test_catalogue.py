@@ -25,8 +25,20 @@ MAY_IMPORT = {
     "_weighting": {"_base", "_gramian"},
     "_task_state": {"_base"},
     "_combinators": {"_base", "_gramian", "_weighting"},
+    "_mixing": {"_base", "_gramian", "_combinators"},
+    "_tracking": {"_base", "_gramian", "_combinators"},
     "_diagnostics": {"_base", "_gramian", "_solvers"},
-    "methods": {"_base", "_gramian", "_solvers", "_combinators", "_weighting", "_task_state", "_oracles"},
+    "methods": {
+        "_base",
+        "_gramian",
+        "_solvers",
+        "_combinators",
+        "_weighting",
+        "_mixing",
+        "_task_state",
+        "_tracking",
+        "_oracles",
+    },
 }
 
 

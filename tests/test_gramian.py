@@ -29,6 +29,14 @@ def test_gramian_is_that_of_the_flattened_gradients(num_tasks, size):
     np.testing.assert_allclose(_gramian.task_squared_norms(task_grads), np.diag(gramian), rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 4097, 20_000])
+def test_cross_gramian_is_that_of_the_flattened_gradients(size):
+    first, second = np.random.default_rng(0).standard_normal((2, 3, size))
+    trees = [{"w": jnp.asarray(m, jnp.float32), "b": jnp.ones((3, 2, 2)), "none": None} for m in (first, second)]
+    cross = jax.jit(mtl.task_cross_gramian)(*trees)
+    np.testing.assert_allclose(cross, first @ second.T + 4, rtol=1e-4, atol=1e-3)
+
+
 def test_half_precision_is_accumulated_in_float32():
     """Ten thousand ones: bfloat16 would stop counting at 256."""
     task_grads = jnp.ones((2, 10_000), jnp.bfloat16)

@@ -150,6 +150,34 @@ def test_one_trace_and_the_same_in_scan(case):
 
 
 @every_case()
+def test_products_are_taken_in_full_precision(case):
+    """A TPU multiplies float32 matrices with eight bits unless it is asked for all: so it is, in every product."""
+    tx = case.make(T)
+    params, task_grads = problems.params(), problems.tree_of(problems.gradients())
+    losses = jnp.asarray(problems.losses(), jnp.float32)
+
+    def step(task_grads, state):
+        extra_args = problems.extra_args(losses) | {"value_fn": problems.value_fn(T)}
+        return tx.update(task_grads, state, params, losses=losses, **extra_args)
+
+    with context(case):
+        jaxpr = jax.make_jaxpr(step)(task_grads, tx.init(params)).jaxpr
+    for product in equations(jaxpr, "dot_general"):
+        assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2, product
+
+
+def equations(jaxpr, primitive):
+    """All equations of a primitive, in the sub-programs too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == primitive:
+            yield equation
+        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner, primitive)
+
+
+@every_case()
 def test_vmap_over_seeds(case):
     tx, step = program(case)
     matrices = np.stack([problems.gradients(seed=k) for k in range(2)])

@@ -271,3 +271,26 @@ def test_solvers_under_vmap_tell_the_same():
     batched = jax.vmap(min_norm_point, in_axes=(0, None))(gramians, everyone)
     for k in range(4):
         np.testing.assert_allclose(batched[k], min_norm_point(gramians[k], everyone), rtol=1e-5, atol=1e-6)
+
+
+@hypothesis.given(seed=st.integers(0, 10**6), scale=st.sampled_from([1e-6, 1, 1e6, 1e38]))
+def test_the_projection_onto_the_simplex_is_the_nearest_point(seed, scale):
+    """Its optimality conditions: one threshold for what is kept, no less than what is not."""
+    rng = np.random.default_rng(seed)
+    point = (scale * rng.standard_normal(5)).astype(np.float32)
+    allowed = rng.random(5) < 0.7
+    weights = np.asarray(_solvers.project_onto_simplex(jnp.asarray(point), jnp.asarray(allowed)))
+    np.testing.assert_allclose(weights.sum(), float(allowed.any()), rtol=1e-5)
+    assert np.all(weights >= 0)
+    assert np.all(weights[~allowed] == 0)
+    if allowed.any():
+        threshold = (point.astype(float) - weights)[weights > 0]
+        np.testing.assert_allclose(threshold, threshold[0], rtol=1e-5, atol=1e-5)
+        assert np.all(point[allowed & (weights == 0)] <= threshold[0] + 1e-5 * np.abs(threshold[0]))
+
+
+def test_the_projection_onto_the_simplex_takes_infinities_for_large():
+    everyone = jnp.ones(3, bool)
+    for point in ([jnp.inf, 0.0, -jnp.inf], [0.0, -jnp.inf, -jnp.inf]):
+        np.testing.assert_array_equal(_solvers.project_onto_simplex(jnp.array(point), everyone), [1, 0, 0])
+    np.testing.assert_allclose(_solvers.project_onto_simplex(jnp.full(3, -jnp.inf), everyone), 1 / 3, rtol=1e-6)

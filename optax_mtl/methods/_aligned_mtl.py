@@ -12,6 +12,7 @@ from optax_mtl._weighting import weighting
 _SCALE_MODES = ("min", "median", "rmse")
 
 
+@_solvers.full_precision
 def aligned_mtl_weights(
     gramian: jax.Array,
     *,

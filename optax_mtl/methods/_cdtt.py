@@ -44,6 +44,7 @@ def cdtt_tension(norm_ratio: jax.Array, losses: jax.Array, alpha: _base.Scalar =
     return jnp.maximum(1 - alpha + alpha * pull, 0)
 
 
+@_solvers.full_precision
 def cdtt_weights(gramian: jax.Array, central: jax.Array, tension: jax.Array, *, passes: int = 1) -> jax.Array:
     """Coefficients of the central direction, pulled towards the tasks and then corrected.
 

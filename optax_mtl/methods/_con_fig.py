@@ -13,6 +13,7 @@ from optax_mtl._weighting import weighting
 _LENGTHS = ("projection", "min", "max", "harmonic", "arithmetic", "geometric")
 
 
+@_solvers.full_precision
 def con_fig_weights(
     gramian: jax.Array, *, preference: Any = None, length: str = "projection", present: jax.Array | None = None
 ) -> jax.Array:

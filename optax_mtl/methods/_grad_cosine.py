@@ -13,6 +13,7 @@ from optax_mtl._weighting import weighting
 _MODES = ("unweighted", "weighted", "project")
 
 
+@_solvers.full_precision
 def grad_cosine_weights(
     gramian: jax.Array, primary: jax.Array, *, mode: str = "unweighted", present: jax.Array | None = None
 ) -> jax.Array:

@@ -26,6 +26,7 @@ class GradVacState(NamedTuple):
     key: jax.Array | None
 
 
+@_solvers.full_precision
 def gradvac_weights(
     gramian: jax.Array, targets: jax.Array, orders: jax.Array, *, beta: _base.Scalar = 0.01
 ) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,5 @@
 """MAO: the mix of tasks adapts for every parameter, or for every leaf."""
 
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,8 @@ from jax import numpy as jnp
 import optax
 
 from optax_mtl import _base, _gramian
-from optax_mtl._combinators import check_not_gramian, per_task
+from optax_mtl._combinators import per_task
+from optax_mtl._mixing import mixer
 
 
 class ScaleByLeafRMSState(NamedTuple):
@@ -137,51 +137,23 @@ def scale_by_mao(
         tasks_tx = per_task(_base_transformation(base, b1, b2, eps), num_tasks)
         momentum_tx = optax.identity()
 
-    def init_fn(params: _base.Params) -> _base.BalanceState:
-        return _base.init_balance_state(num_tasks, params, MAOState(tasks_tx.init(params), momentum_tx.init(params)))
+    def init(params: _base.Params) -> MAOState:
+        return MAOState(tasks_tx.init(params), momentum_tx.init(params))
 
-    def update_fn(
-        updates: _base.TaskGrads,
-        state: Any,
-        params: _base.Params | None = None,
-        *,
-        losses: jax.Array | None = None,
-        task_mask: jax.Array | None = None,
-        task_finite: jax.Array | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, Any]:
-        check_not_gramian(updates, "scale_by_mao")
-        _base.check_task_grads(updates, num_tasks, params)
-        if losses is not None:
-            _base.check_losses(losses, num_tasks, "scale_by_mao")
-        if not jax.tree.leaves(updates):
-            return updates, state
-        norms = _gramian.task_squared_norms(updates)  # per_task computes the same; XLA does it once
-        present, nonfinite = _base.present_tasks(norms, losses, task_mask, task_finite)
-
-        adapted, tasks = tasks_tx.update(
-            updates,
-            state.method.tasks,
-            params,
-            losses=losses,
-            task_mask=task_mask,
-            task_finite=task_finite,
-            **extra_args,
-        )
-        absolute = jax.tree.map(lambda u: jnp.sum(jnp.abs(u), axis=tuple(range(1, u.ndim)), dtype=norms.dtype), adapted)
-        sizes = jax.tree.reduce(operator.add, absolute)
-        sizes = jnp.where(present, sizes, 0)
-        shares = sizes / jnp.maximum(jnp.sum(sizes), jnp.finfo(norms.dtype).tiny)
-
-        weights = present.astype(norms.dtype) if reduction == "sum" else _base.equal_weights(present, norms.dtype)
-        mixed, momentum = momentum_tx.update(_gramian.combine(weights, adapted), state.method.momentum)
+    def mix(
+        task_grads: _base.TaskGrads, state: MAOState, *, present: jax.Array, params: _base.Params | None, **kwargs: Any
+    ) -> tuple[Any, Any, MAOState]:
+        adapted, tasks = tasks_tx.update(task_grads, state.tasks, params, task_mask=present, **kwargs)
+        dtype = _base.accumulator_dtype(task_grads)
+        weights = present.astype(dtype) if reduction == "sum" else _base.equal_weights(present, dtype)
+        mixed, momentum = momentum_tx.update(_gramian.combine(weights, adapted), state.momentum)
         if grain == "leaf":
             anyone = jnp.any(present)
             mixed = jax.tree.map(lambda u: jnp.where(anyone, u, 0), mixed)
-            momentum = jax.tree.map(lambda new, old: jnp.where(anyone, new, old), momentum, state.method.momentum)
-        return mixed, _base.next_balance_state(state, shares, present, nonfinite, MAOState(tasks, momentum))
+            momentum = jax.tree.map(lambda new, old: jnp.where(anyone, new, old), momentum, state.momentum)
+        return mixed, adapted, MAOState(tasks, momentum)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return mixer("scale_by_mao", num_tasks, mix, init)
 
 
 def _base_transformation(
