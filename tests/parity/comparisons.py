@@ -219,7 +219,7 @@ class Row:
     Attributes:
       method: our name.
       peer: whose code.
-      config: how the recorded answer is called; its fields begin with `{peer in lower case}.{config}`.
+      config: how the recorded answer is called, behind the peer's name.
       answers: returns the `Answers`.
       tolerance: of the relative difference.
       note: what was converted, or why so little agreement is asked for.
@@ -239,13 +239,20 @@ class Row:
 
 
 def table():
-    """An empty table, and the decorator that enters a function which returns `Answers` in it."""
+    """An empty table, and what enters rows in it.
+
+    `row(method, peer, config, ...)(function, *arguments)` enters what `function(field, *arguments)` returns, where
+    `field` is the name of the recorded answer; it is also a decorator.
+    """
     rows: list[Row] = []
 
     def row(method, peer, config, tolerance, note="", *, exact=1e-10):
-        def enter(answers):
-            rows.append(Row(method, peer, config, functools.cache(answers), tolerance, note, exact))
-            return answers
+        field = f"{peer.lower()}.{config}"
+
+        def enter(function, *args, **kwargs):
+            answers = functools.cache(lambda: function(field, *args, **kwargs))
+            rows.append(Row(method, peer, config, answers, tolerance, note, exact))
+            return function
 
         return enter
 
