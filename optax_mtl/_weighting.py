@@ -146,7 +146,7 @@ def stochastic_weighting(
     num_tasks: int,
     rule: Rule,
     init: Callable[[jnp.dtype, _base.Params], Any] = lambda dtype, params: (),
-) -> optax.GradientTransformationExtraArgs:
+) -> Weighting:
     """A `weighting` whose rule can look at gradients of other batches than those that it weights.
 
     `update` takes an extra argument `independent_grads`: the tasks' gradients on two more batches, a pair of trees like
@@ -161,7 +161,7 @@ def stochastic_weighting(
       init: as for `weighting`.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with a `BalanceState`.
+      As `weighting` does.
     """
 
     def rule_apart(
@@ -191,7 +191,7 @@ def stochastic_weighting(
         finite = finite if task_finite is None else finite & task_finite
         return apart.update(updates, state, params, task_finite=finite, cross_gramian=cross, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(together.init, update_fn)
+    return Weighting(together.init, update_fn)
 
 
 def _cross_gramian(

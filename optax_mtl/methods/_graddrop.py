@@ -73,8 +73,8 @@ def graddrop(
 
     def drop(leaf: jax.Array, key: jax.Array, present: jax.Array) -> jax.Array:
         grads = leaf.astype(_base.accumulator_dtype(leaf))
-        grads = _base.where_present(present, grads, jnp.zeros_like(grads))
-        total, absolute = jnp.sum(grads, axis=0), jnp.sum(jnp.abs(grads), axis=0)
+        counted = present.astype(grads.dtype)
+        total, absolute = _gramian.combine(counted, grads), _gramian.combine(counted, jnp.abs(grads))
         purity = (1 + jnp.where(absolute > 0, total / jnp.where(absolute > 0, absolute, 1), 0)) / 2
         draw = jax.random.uniform(key, total.shape, jnp.float32).astype(grads.dtype)
         keeps = jnp.where((draw < purity)[None], grads > 0, grads < 0).astype(grads.dtype)
