@@ -234,8 +234,8 @@ def cagrad_libmtl(field, rescale):
 
 
 _LIBMTL_CAGRAD = (
-    "SciPy stops at 1e-6 of the objective; left out: zero rows, which it takes for tasks, and bad scaling; error: of the "
-    "worst case"
+    "SciPy stops at 1e-6 of the objective; left out: zero rows, which it takes for tasks, and bad scaling; error: of "
+    "the worst case"
 )
 row("cagrad", "LibMTL", "CAGrad.r0", 5e-3, _LIBMTL_CAGRAD, exact=1e-9)(cagrad_libmtl, 0)
 row("cagrad", "LibMTL", "CAGrad.r1", 5e-3, _LIBMTL_CAGRAD, exact=1e-9)(cagrad_libmtl, 1)
