@@ -5,5 +5,5 @@ import problems
 
 @pytest.fixture(autouse=True)
 def double_precision():
-    with problems.enable_x64():
+    with problems.enable_x64(), problems.relaxed_promotion():
         yield
