@@ -136,13 +136,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Raises `ValueError` unless `low <= value <= high`; arrays (an injected hyper-parameter, say) are not read."""
+    """Raises `ValueError` unless `low <= value <= high`, for each of several; JAX arrays (injected, say) are not read."""
     if callable(value):
         raise ValueError(
             f"{name} must be a number, found the function {value!r}. For a schedule, wrap the factory: "
             f'optax.inject_hyperparams(factory, static_args="num_tasks")(num_tasks, {name}=schedule).'
         )
-    if isinstance(value, numbers.Real) and not low <= float(value) <= high:
+    known = isinstance(value, numbers.Real | list | tuple | np.ndarray)
+    if known and not np.all((low <= np.asarray(value)) & (np.asarray(value) <= high)):
         bound = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be {bound}, found {value!r}.")
 

@@ -117,7 +117,8 @@ def auto_lambda(
       of a task is set aside for the step if it is not finite, and cut at 1e15.
     """
     is_primary = _base.primary_tasks(primary, num_tasks)
-    _base.check_number("learning_rate", learning_rate, 0)
+    if not callable(learning_rate):
+        _base.check_number("learning_rate", learning_rate, 0)
     inner = optax.adam(1e-4) if optimizer is None else optimizer
 
     def rule(

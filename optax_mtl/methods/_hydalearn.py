@@ -139,7 +139,8 @@ def hydalearn(
     """
     num_tasks = _base.check_num_tasks(num_tasks)
     primary = _base.check_task_index("primary", primary, num_tasks)
-    _base.check_number("learning_rate", learning_rate, 0)
+    if not callable(learning_rate):
+        _base.check_number("learning_rate", learning_rate, 0)
     _base.check_number("total", total, 0)
     _base.check_choice("lookahead", lookahead, ("exact", "first_order"))
     _base.check_choice("negative", negative, ("clip", "abs", "raw"))

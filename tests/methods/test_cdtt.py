@@ -1,5 +1,6 @@
 """CDTT: what its formulas say of special cases."""
 
+import jax
 from jax import numpy as jnp
 import numpy as np
 
@@ -7,10 +8,15 @@ import optax_mtl as mtl
 import problems
 
 
-def weights(matrix, tension, passes=1):
-    gramian = jnp.asarray(matrix @ matrix.T, jnp.float32)
+@jax.jit
+def solve(gramian, tension, passes):
     central = mtl.edm_weights(gramian)
-    return np.asarray(mtl.cdtt_weights(gramian, central, jnp.asarray(tension, jnp.float32), passes=passes)), central
+    return mtl.cdtt_weights(gramian, central, tension, passes=passes), central
+
+
+def weights(matrix, tension, passes=1):
+    pulled, central = solve(jnp.asarray(matrix @ matrix.T, jnp.float32), jnp.asarray(tension, jnp.float32), passes)
+    return np.asarray(pulled), central
 
 
 def test_equal_tensions_of_two_tasks_cancel():
