@@ -136,7 +136,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Raises `ValueError` unless `low <= value <= high`, for each of several; JAX arrays (injected ones) are not read."""
+    """Raises `ValueError` unless `low <= value <= high`, all of several; JAX arrays (injected, say) are not read."""
     if callable(value):
         raise ValueError(
             f"{name} must be a number, found the function {value!r}. For a schedule, wrap the factory: "
