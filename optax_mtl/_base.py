@@ -122,7 +122,8 @@ def check_task_index(name: str, index: int, num_tasks: int) -> Any:
 
 def primary_tasks(primary: int | Sequence[int], num_tasks: int) -> jax.Array:
     """Which tasks `primary` names, `(T,)` of bool; raises `ValueError` if it names none, or one that there is not."""
-    named = primary if isinstance(primary, tuple | list) else (primary,)
+    several = isinstance(primary, tuple | list) or np.ndim(primary) == 1  # an array, injected perhaps
+    named: list[Any] = list(primary) if several else [primary]  # type: ignore[arg-type]
     if not named:
         raise ValueError("primary must be the index of a task, or a tuple of such, found none.")
     indices = [check_task_index("primary", each, check_num_tasks(num_tasks)) for each in named]
@@ -136,7 +137,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Raises `ValueError` unless `low <= value <= high`, for each of several; JAX arrays (injected, say) are not read."""
+    """Raises `ValueError` unless `low <= value <= high`, for each of several; JAX arrays (injected) are not read."""
     if callable(value):
         raise ValueError(
             f"{name} must be a number, found the function {value!r}. For a schedule, wrap the factory: "
