@@ -128,7 +128,7 @@ def pcd(
       The authors enumerate all sets of active constraints, TorchJD uses a dual active-set method on the host: all find
       the one solution. Constraints count as incompatible where the multipliers leave a task without half of its own
       share, beyond rounding, or cancel the primary gradient, which in float32 includes nearly opposite gradients. A
-      share that rounding cannot tell from zero (6e-6 of the primary gradient) counts as met where the task does not lose.
+      share that rounding cannot tell from zero (6e-6 of the primary gradient) is met where the task does not lose.
     """
     is_primary = _base.primary_tasks(primary, num_tasks)
     if jnp.ndim(tau) > 0:
