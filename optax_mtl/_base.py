@@ -122,7 +122,8 @@ def check_task_index(name: str, index: int, num_tasks: int) -> Any:
 
 def primary_tasks(primary: int | Sequence[int], num_tasks: int) -> jax.Array:
     """Which tasks `primary` names, `(T,)` of bool; raises `ValueError` if it names none, or one that there is not."""
-    named = primary if isinstance(primary, tuple | list) else (primary,)
+    several = isinstance(primary, tuple | list) or np.ndim(primary) == 1  # an array, injected perhaps
+    named: list[Any] = list(primary) if several else [primary]  # type: ignore[arg-type]
     if not named:
         raise ValueError("primary must be the index of a task, or a tuple of such, found none.")
     indices = [check_task_index("primary", each, check_num_tasks(num_tasks)) for each in named]

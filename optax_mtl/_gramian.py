@@ -117,6 +117,8 @@ def task_products(task_grads: _base.TaskGrads, direction: _base.Params) -> jax.A
 
     def leaf_products(leaf: jax.Array, along: jax.Array) -> jax.Array:
         axes = (tuple(range(1, leaf.ndim)), tuple(range(along.ndim)))
+        if leaf.dtype not in (dtype, along.dtype):  # a matrix product would first copy the gradients in a wider dtype
+            return jnp.sum(leaf.astype(dtype) * along.astype(dtype)[None], axis=axes[0])
         return lax.dot_general(
             leaf,
             along.astype(leaf.dtype),

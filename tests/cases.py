@@ -223,9 +223,9 @@ CASES = (
         needs=("positive losses",),
         keeps=("permutation", "simplex"),
     ),
-    row(mtl.pcgrad, kwargs={"key": 0}),
+    row(mtl.pcgrad, kwargs={"key": 0}, keeps=("linear",)),
     row(mtl.pcgrad, "shared mean", kwargs={"key": 0, "order": "shared", "reduction": "mean"}),
-    row(mtl.pcgrad, "fixed", kwargs={"order": "fixed"}),
+    row(mtl.pcgrad, "fixed", kwargs={"order": "fixed"}, keeps=("linear",)),
     row(mtl.cagrad, kwargs={"c": 0.4}, alone=lambda g, loss: 1.4 / 1.16 * g, keeps=("permutation",)),
     row(
         mtl.cagrad,
@@ -276,7 +276,7 @@ CASES = (
     row(
         mtl.excess_mtl,
         kwargs={"warmup_steps": 2},
-        keeps=("permutation", "sum"),
+        keeps=("permutation", "linear", "sum"),
         lacks={"gramian": "needs the gradients"},
     ),
     row(
@@ -309,22 +309,23 @@ CASES = (
         static=("window",),
         needs=("positive losses",),
     ),
-    row(mtl.gradvac, kwargs={"key": 0, "beta": 0.3}),
+    row(mtl.gradvac, kwargs={"key": 0, "beta": 0.3}, keeps=("linear",)),
     row(
         mtl.gradvac,
         "leaf",
         kwargs={"key": 0, "granularity": "leaf", "order": "shared"},
+        keeps=("linear",),
         lacks={"weights": "every leaf has its own", "leaves": "weights differ from leaf to leaf"},
     ),
     row(mtl.imtl_g, keeps=("permutation", "task-scale")),  # with a negative weight, rescaling may turn it round
-    row(mtl.imtl, needs=("losses",), keeps=("permutation",), optax_inside=True),
+    row(mtl.imtl, needs=("losses",), keeps=("permutation", "task-scale"), optax_inside=True),
     row(mtl.aligned_mtl, keeps=("permutation",)),
     row(mtl.con_fig, keeps=("permutation", "task-scale", "linear")),
     row(
         mtl.con_fig_momentum,
         alone=adam_step,
         scale=None,  # Adam's epsilon is absolute
-        keeps=("permutation",),
+        keeps=("permutation", "task-scale"),
         lacks={"weights": "preconditions what it has mixed", "gramian": "needs the gradients"},
     ),
     row(
@@ -354,22 +355,24 @@ CASES = (
         lacks=TRACKED,
     ),
     # -- Auxiliary learning ------------------------------------------------------------------------------------------
-    row(mtl.grad_cosine),
-    row(mtl.grad_cosine, "weighted", kwargs={"mode": "weighted", "primary": -1}),
+    row(mtl.grad_cosine, keeps=("linear",)),
+    row(mtl.grad_cosine, "weighted", kwargs={"mode": "weighted", "primary": -1}, keeps=("linear",)),
     row(mtl.grad_cosine, "project", kwargs={"mode": "project", "primary": lambda num_tasks: (0, num_tasks - 1)}),
     row(
         mtl.ol_aux,
         kwargs={"every": 2, "optimizer": optax.sgd(0.1)},
         scale=None,  # the weights change by the gradients' products
+        keeps=("linear",),  # in the first step
     ),
     row(
         mtl.bloop,
+        keeps=("linear",),
         lacks={
             "weights": "takes a multiple of the primary's running mean out of the weighted sum",
             "gramian": "keeps a running mean of gradients",
         },
     ),
-    row(mtl.pcd, kwargs={"tau": 0.1}, keeps=("task-scale",)),
+    row(mtl.pcd, kwargs={"tau": 0.1}, keeps=("task-scale", "linear")),
     row(
         mtl.auto_lambda,
         kwargs={"learning_rate": 1e-2, "primary": lambda num_tasks: tuple(range(num_tasks))},

@@ -83,12 +83,13 @@ def test_one_pass_needs_no_memory_of_the_gradients_size():
     assert compiled.memory_analysis().temp_size_in_bytes < params.nbytes
 
 
+@pytest.mark.parametrize("along", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_task_products_are_inner_products_with_one_direction(dtype):
+def test_task_products_are_inner_products_with_one_direction(dtype, along):
     rng = np.random.default_rng(0)
     shapes = {"matrix": (3, 5), "scalar": (), "vector": (4,)}
     task_grads = {name: jnp.asarray(rng.standard_normal((2, *shape)), dtype) for name, shape in shapes.items()}
-    direction = {name: jnp.asarray(rng.standard_normal(shape), dtype) for name, shape in shapes.items()}
+    direction = {name: jnp.asarray(rng.standard_normal(shape), along) for name, shape in shapes.items()}
     expected = sum(
         np.asarray(task_grads[name], np.float64).reshape(2, -1) @ np.asarray(direction[name], np.float64).ravel()
         for name in shapes

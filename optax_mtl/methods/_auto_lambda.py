@@ -13,8 +13,6 @@ from optax_mtl._oracles import losses_at
 from optax_mtl._task_state import init_learned_scalars, learn_scalars, LearnedScalars
 from optax_mtl._weighting import weighting
 
-_LARGEST = 1e15  # of a meta-gradient: an optimiser of the weights may square it
-
 
 class AutoLambdaState(NamedTuple):
     """State of `auto_lambda`.
@@ -114,7 +112,9 @@ def auto_lambda(
       more forward passes. Their step ahead takes in the momentum and the weight decay of the optimiser that follows;
       ours is a plain gradient step, along all leaves it is given. LibMTL's form, a softmax of logits, is another
       parametrisation. First values and optimiser are those of the authors' code (3e-5 on Cityscapes). The meta-gradient
-      of a task is set aside for the step if it is not finite, and cut at 1e15.
+      of a task is set aside for the step if it is not finite, and cut at 1e15. In `value_fn`, the loss of a task
+      without labels must have a finite derivative too: the mean `sum(mask * error) / sum(mask)` over no labels has not,
+      and then nothing is learned, for any task; divide by `max(sum(mask), 1)`.
     """
     is_primary = _base.primary_tasks(primary, num_tasks)
     if not callable(learning_rate):
@@ -138,7 +138,6 @@ def auto_lambda(
         weights = jnp.where(present, state.weights.value.astype(gramian.dtype), 0)
         meta_grads = auto_lambda_meta_grads(value_fn, params, task_grads, weights, rate, here)
         learns = present & jnp.any(here) & jnp.isfinite(meta_grads)
-        meta_grads = jnp.clip(jnp.where(learns, meta_grads, 0), -_LARGEST, _LARGEST)
         learned = learn_scalars(inner, state.weights, meta_grads, learns)
         weights = jnp.where(jnp.any(here), learned.value.astype(gramian.dtype), 0)
         return weights, AutoLambdaState(learned, state.step + 1)

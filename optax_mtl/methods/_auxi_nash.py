@@ -107,7 +107,7 @@ def auxi_nash(
       `residual`.
 
     Raises:
-      ValueError: if `params` or `value_fn` is missing, or it is given a `Gramian`.
+      ValueError: if `params` or `value_fn` is missing, or it is given a `Gramian`; if `max_norm` is not positive.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_mtl as mtl
@@ -130,11 +130,15 @@ def auxi_nash(
       convex programs on a Gramian of norm one, and then the Gramian as it is for the derivative. There the Hessian is
       that of a training batch's losses, weighted by `w`; here of those of `value_fn`, weighted by `w` scaled to a mean
       of one, as `w` itself grows where gradients are small. That the update is cut to `max_norm` is left out of the
-      derivative, here and there.
+      derivative, here and there. In `value_fn`, the loss of a task without labels must have finite derivatives too: the
+      mean `sum(mask * error) / sum(mask)` over no labels has not, and then nothing is learned, for any task; divide by
+      `max(sum(mask), 1)`.
     """
     is_primary = _base.primary_tasks(primary, num_tasks)
     _base.check_int("every", every, 1)
-    _base.check_number("max_norm", max_norm, 0)
+    _base.check_number("max_norm", max_norm, -jnp.inf)
+    if isinstance(max_norm, int | float) and max_norm <= 0:
+        raise ValueError(f"max_norm must be positive, found {max_norm!r}. For no limit, write max_norm=None.")
     _base.check_preference(preference, num_tasks)
     _base.check_int("neumann_steps", neumann_steps, 0)
     _base.check_number("neumann_rate", neumann_rate, 0)

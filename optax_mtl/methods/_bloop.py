@@ -16,7 +16,7 @@ class BloopState(NamedTuple):
     """State of `bloop`.
 
     Attributes:
-      mean: the running mean of the primary gradient, shaped like the parameters.
+      mean: the running mean of the primary gradient, shaped like the parameters, in float32 at least.
       seen: () bool, whether there has been a primary gradient.
       removed: () the multiple of the mean, as it was before, that was taken out of the last update.
     """
@@ -69,22 +69,23 @@ def bloop(
     Note:
       The authors' code takes the new gradient into the mean before it projects, and adds 1e-7 to its squared norm;
       here, as in the paper, the projection comes first, and nothing is added. Both start from the first gradient. The
-      defaults are that code's (the paper varies the weight to draw its Pareto fronts). The mean is kept in the
-      parameters' dtype.
+      defaults are that code's (the paper varies the weight to draw its Pareto fronts). The mean and the
+      difference are taken in float32 at least, whatever the gradients' dtype.
     """
     is_primary = _base.primary_tasks(primary, num_tasks)
     _base.check_number("weight", weight, 0)
     _base.check_number("rho", rho, 0, 1)
 
     def init(dtype: jnp.dtype, params: _base.Params) -> BloopState:
-        return BloopState(jax.tree.map(jnp.zeros_like, params), jnp.zeros((), bool), jnp.zeros((), dtype))
+        mean = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _base.accumulator_dtype(p)), params)
+        return BloopState(mean, jnp.zeros((), bool), jnp.zeros((), dtype))
 
     def rule(
         gramian: jax.Array, state: BloopState, *, present: jax.Array, task_grads: _base.TaskGrads, **_: Any
     ) -> tuple[jax.Array, BloopState]:
         check_not_gramian(task_grads, "bloop")
         here = is_primary & present
-        main = _gramian.combine(here.astype(gramian.dtype), task_grads)
+        main = _gramian.combine(here.astype(gramian.dtype), _widened(task_grads))
         mean = jax.tree.map(lambda e, g: jnp.where(state.seen, e, g.astype(e.dtype)), state.mean, main)
 
         strength = jnp.asarray(weight, gramian.dtype)
@@ -108,12 +109,16 @@ def bloop(
         updates: _base.TaskGrads, state: Any, params: _base.Params | None = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         after: Any
-        mixed, after = weighted.update(updates, state, params, **extra_args)
-        removed = after.method.removed
+        rounded, after = weighted.update(updates, state, params, **extra_args)
+        mixed = _gramian.combine(after.task_weights, _widened(updates))  # anew: the two parts may nearly cancel
 
-        def take_out(update: jax.Array, mean: jax.Array) -> jax.Array:
-            return update - (removed * mean.astype(removed.dtype)).astype(update.dtype)
+        def take_out(update: jax.Array, mean: jax.Array, like: jax.Array) -> jax.Array:
+            return (update - after.method.removed.astype(update.dtype) * mean.astype(update.dtype)).astype(like.dtype)
 
-        return jax.tree.map(take_out, mixed, state.method.mean), after
+        return jax.tree.map(take_out, mixed, state.method.mean, rounded), after
 
     return optax.GradientTransformationExtraArgs(weighted.init, update_fn)
+
+
+def _widened(task_grads: _base.TaskGrads) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(_base.accumulator_dtype(leaf)), task_grads)

@@ -184,7 +184,7 @@ def con_fig_momentum(
     Note:
       As the authors' code, but for the first steps: theirs does not move until every task has been seen, here the tasks
       that have been seen go ahead. A step without any task is no step: the update is zero and the state stays.
-      The tasks' moments are kept in the parameters' dtype, the other two in float32 at least.
+      All moments are kept in float32 at least, whatever the parameters' dtype.
     """
     num_tasks = _base.check_num_tasks(num_tasks)
     _base.check_choice("length", length, _LENGTHS)
@@ -194,7 +194,7 @@ def con_fig_momentum(
         zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _base.accumulator_dtype(p)), params)
         method = ConFIGMomentumState(
             task_steps=jnp.zeros(num_tasks, jnp.int32),
-            moments=jax.tree.map(lambda p: jnp.zeros((num_tasks, *jnp.shape(p)), jnp.result_type(p)), params),
+            moments=jax.tree.map(lambda z: jnp.zeros((num_tasks, *z.shape), z.dtype), zeros),
             steps=jnp.zeros((), jnp.int32),
             moment=zeros,
             second_moment=zeros,
@@ -223,12 +223,12 @@ def con_fig_momentum(
         method: ConFIGMomentumState = state.method
 
         task_steps = method.task_steps + present.astype(jnp.int32)
-        moments = jax.tree.map(lambda m, g: _decayed(b1, _widened(m), _widened(g)), method.moments, updates)
+        moments = jax.tree.map(lambda m, g: _decayed(b1, m, g.astype(m.dtype)), method.moments, updates)
         moments = _base.where_present(present, moments, method.moments)
         correction = 1 / _seen(b1, task_steps, norms.dtype)
         gramian = _solvers.scaled(_gramian.task_gramian(moments), correction)
         weights = con_fig_weights(gramian, preference=preference, length=length, present=task_steps > 0)
-        mixed = _gramian.combine(weights * correction, jax.tree.map(_widened, moments))
+        mixed = _gramian.combine(weights * correction, moments)
 
         steps = method.steps + 1
         moment = jax.tree.map(lambda d: _seen(b1, steps, d.dtype) * d, mixed)
@@ -248,10 +248,6 @@ def con_fig_momentum(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _widened(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(_base.accumulator_dtype(leaf))
 
 
 def _decayed(decay: _base.Scalar, last: jax.Array, new: jax.Array) -> jax.Array:

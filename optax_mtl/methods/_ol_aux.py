@@ -74,6 +74,15 @@ def ol_aux(
       >>> optax.tree.get(state, "task_weights").tolist()
       [1.0, 1.2, 0.7]
 
+      The default rate is the authors', for gradients of the size of theirs, and fits no other scale; Adam fits any:
+
+      >>> tx = mtl.ol_aux(num_tasks=3, every=1, optimizer=optax.adam(1e-2))
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(1e-3 * task_grads, state)
+      >>> optax.tree.get(state, "task_weights").tolist()
+      [1.0, 1.01, 0.99]
+
     References:
       Lin et al., `Adaptive Auxiliary Task Weighting for Reinforcement Learning
       <https://papers.nips.cc/paper/8724-adaptive-auxiliary-task-weighting-for-reinforcement-learning>`_, NeurIPS 2019

@@ -10,7 +10,10 @@ import optax
 from optax_mtl import _base, _solvers
 from optax_mtl._weighting import weighting
 
-_INCOMPATIBLE = 1e-3  # residuals: below 1e-4 for constraints that can be met, about tau for those that cannot
+# Of its share. Where the constraints cannot all be met, every vector leaves some task without any of it (Farkas); where
+# they can, what is missing is the solver's error, a few times the precision over the square of the angle between what
+# is nearly opposite.
+_MISSED = 0.5
 
 
 class PCDState(NamedTuple):
@@ -19,8 +22,8 @@ class PCDState(NamedTuple):
     Attributes:
       squares: `(T,)` running means of the squared gradient norms; for primary tasks, of the sum of their gradients.
       masses: `(T,)` how many steps these means amount to.
-      residual: () by how much the last multipliers fail their optimality conditions, relative; above 1e-3, the
-        constraints could not all be met and were dropped.
+      residual: () the part of its share that the worst-off secondary task would not have got in the last step, beyond
+        rounding; above 1/2, the constraints could not all be met and were dropped.
     """
 
     squares: jax.Array
@@ -52,16 +55,24 @@ def pcd_weights(
     return _solve(gramian, sizes, primary & present, tau, present & ~primary)[0]
 
 
+@_solvers.full_precision
 def _solve(
     gramian: jax.Array, sizes: jax.Array, primary: jax.Array, tau: jax.typing.ArrayLike, secondary: jax.Array
 ) -> _solvers.Solution:
-    # In terms of unit gradients u: the primary one is sum_i main_i u_i, and the constraints are <u_j, d> >= tau n_j.
+    # In terms of unit gradients u: the primary one is sum_i main_i u_i, and the constraints are <u_j, d> >= share_j.
     unit, norms = _solvers.cosines(gramian)
     lengths = norms * _solvers.reciprocal(sizes)
     main = jnp.where(primary, lengths, 0)
-    wanted = jnp.asarray(tau, unit.dtype) * lengths - unit @ main
-    multipliers, residual = _solvers.nonnegative_quadratic(unit, wanted, secondary)
-    direction = main + jnp.where(residual < _INCOMPATIBLE, multipliers, 0)
+    share = jnp.where(secondary, jnp.asarray(tau, unit.dtype) * lengths, 0)
+    multipliers, _ = _solvers.nonnegative_quadratic(unit, share - unit @ main, secondary)
+    direction = main + multipliers
+
+    missing = jnp.where(secondary, share - unit @ direction, 0)
+    rounding = 16 * jnp.finfo(unit.dtype).eps * jnp.sum(main + share)
+    residual = jnp.max(jnp.maximum(missing - rounding, 0) * _solvers.reciprocal(share + rounding))
+    # Zero is the answer where no share is asked for; where one is, it is what multipliers without a solution cancel to.
+    failed = (residual > _MISSED) | (_solvers.norm_of(direction, unit) == 0)
+    direction = jnp.where(failed & jnp.any(share > 0), main, direction)
 
     size = jnp.max(sizes, where=primary, initial=0)
     stretch = size * _solvers.norm_of(main, unit) * _solvers.reciprocal(_solvers.norm_of(direction, unit))
@@ -90,7 +101,7 @@ def pcd(
 
     Needs the Gramian only. The update has the primary gradient's norm. Without any primary task in a batch, or with a
     primary gradient of zero, the update is zero; without any, nothing is remembered either. Constraints that cannot be
-    met together (opposite secondary gradients, say) are dropped for the step.
+    met together (opposite secondary gradients, say) are dropped for the step: it follows the primary gradient alone.
 
     Args:
       num_tasks: number of tasks `T`.
@@ -99,8 +110,8 @@ def pcd(
       beta: decay of the running means.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to `(*shape)`. Its state keeps the
-      `residual` of the multipliers.
+      An `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to `(*shape)`. Its state keeps as `residual`
+      the part of its share that the worst-off secondary task misses.
 
     Example:
       >>> import jax.numpy as jnp, optax_mtl as mtl
@@ -115,8 +126,9 @@ def pcd(
     Note:
       The paper and TorchJD add 1e-8 to the running means; here nothing is, so that gradients of any size give the same.
       The authors enumerate all sets of active constraints, TorchJD uses a dual active-set method on the host: all find
-      the one solution. Constraints count as incompatible where the multipliers leave one violated by more than a
-      thousandth (relative to the largest that is asked for), which in float32 includes nearly opposite gradients.
+      the one solution. Constraints count as incompatible where the multipliers leave a task without half of its own
+      share, beyond rounding, or cancel the primary gradient, which in float32 includes nearly opposite gradients. A
+      share that rounding cannot tell from zero (6e-6 of the primary gradient) is met where the task does not lose.
     """
     is_primary = _base.primary_tasks(primary, num_tasks)
     if jnp.ndim(tau) > 0:

@@ -99,3 +99,8 @@ def test_a_validation_loss_that_is_not_finite_teaches_nothing():
     updates, states = run(tx, [problems.gradients()], lambda params: jnp.nan * problems.value_fn(T)(params))
     np.testing.assert_array_equal(states[-1].method.preference.value, 1)
     assert np.isfinite(updates).all()
+
+
+def test_a_norm_of_zero_is_refused():
+    with pytest.raises(ValueError, match="write max_norm=None"):
+        mtl.auxi_nash(T, max_norm=0)

@@ -82,3 +82,31 @@ def test_it_reaches_the_best_of_the_primary_minimisers():
         updates, state = step(params, state)
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(params, [1, 3], atol=1e-2)
+
+
+def test_in_bfloat16_the_mean_gets_where_the_gradients_are():
+    """A bfloat16 mean would stop where a hundredth of what is missing rounds to nothing."""
+    tx = mtl.bloop(2, rho=0.01)
+    first, then = (jnp.array([[g, 0.0], [0.0, 1.0]], jnp.bfloat16) for g in (1.0, 2.0))
+    step = jax.jit(tx.update)
+    _, state = step(first, tx.init(jnp.zeros(2, jnp.bfloat16)))
+    for _ in range(600):
+        _, state = step(then, state)
+    np.testing.assert_allclose(state.method.mean, [2, 0], atol=5e-3)
+
+
+def test_in_bfloat16_little_is_left_of_much_that_is_taken_out():
+    """The auxiliary gradient is a hundred times the primary one, and some noise, which is what counts."""
+    rng = np.random.default_rng(0)
+    main = rng.standard_normal((3, problems.SIZE))
+    noise = rng.standard_normal((3, problems.SIZE))
+    matrices = [problems.tree_of([g, 100 * g + n], jnp.bfloat16) for g, n in zip(main, noise, strict=True)]
+    tx, mean = mtl.bloop(2, weight=1.0, rho=0.0), None
+    step, state = jax.jit(tx.update), tx.init(problems.params(jnp.bfloat16))
+    for matrix in matrices:
+        update, state = step(matrix, state)
+        main, helper = problems.vector_of(matrix)
+        mean = main if mean is None else mean
+        expected = main + helper - helper @ mean / (mean @ mean) * mean
+        assert update["a"].dtype == jnp.bfloat16
+        np.testing.assert_allclose(problems.vector_of(update), expected, rtol=2**-8, atol=1e-4)

@@ -122,3 +122,13 @@ def test_a_step_without_any_task_is_no_step():
     np.testing.assert_allclose(updates[2], without[1], rtol=1e-6)
     for new, old in zip(jax.tree.leaves(state.method), jax.tree.leaves(expected.method), strict=True):
         np.testing.assert_allclose(new, old, rtol=1e-6)
+
+
+def test_in_bfloat16_the_moments_get_where_the_gradients_are():
+    tx = mtl.con_fig_momentum(2, b1=0.99)
+    first, then = (jnp.array([[g, 0.0], [0.0, 1.0]], jnp.bfloat16) for g in (1.0, 2.0))
+    step = jax.jit(tx.update)
+    _, state = step(first, tx.init(jnp.zeros(2, jnp.bfloat16)))
+    for _ in range(1000):
+        _, state = step(then, state)
+    np.testing.assert_allclose(state.method.moments, then.astype(jnp.float32), atol=1e-3)

@@ -65,3 +65,20 @@ def test_primary_gradients_that_cancel_are_no_direction():
 def test_primary_must_name_tasks(bad, words):
     with pytest.raises(ValueError, match=words):
         mtl.grad_cosine(3, primary=bad)
+
+
+@pytest.mark.parametrize("primary", [np.array([0, -1]), jnp.array([0, 2]), np.array([0, 2], np.uint8)], ids=repr)
+def test_primary_may_be_an_array(primary):
+    matrix = problems.gradients("conflicting")
+    updates = []
+    for named in ((0, 2), primary):
+        tx = mtl.grad_cosine(3, primary=named)
+        updates.append(problems.vector_of(tx.update(problems.tree_of(matrix), tx.init(problems.params()))[0]))
+    np.testing.assert_array_equal(*updates)
+    for bad, words in (
+        (np.array([3]), "between -3 and 2"),
+        (np.zeros(0, int), "found none"),
+        (np.ones(2), "static int"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            mtl.grad_cosine(3, primary=bad)
