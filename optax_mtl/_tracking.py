@@ -74,11 +74,11 @@ def tracking(
             return updates, state
         squared = _gramian.task_squared_norms(updates)
         steps = state.steps + 1
-        rates, scales = share(steps.astype(squared.dtype)), jnp.ones_like(squared)
+        norms, rates, scales = jnp.sqrt(squared), share(steps.astype(squared.dtype)), jnp.ones_like(squared)
         if factors is not None and losses is not None:
-            scales = factors(jnp.sqrt(squared), jnp.asarray(losses, squared.dtype))
+            scales = factors(norms, jnp.asarray(losses, squared.dtype))
         # What the mean would not get rid of again must not enter it.
-        bounded = jnp.isfinite(squared) & jnp.isfinite((rates * scales) ** 2 * squared)
+        bounded = jnp.isfinite((rates * scales * norms) ** 2)
         bounded = bounded if task_finite is None else bounded & task_finite
         present, _ = _base.present_tasks(squared, losses, task_mask, bounded)
 
