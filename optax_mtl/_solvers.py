@@ -485,6 +485,31 @@ def _solve_on(support: jax.Array, matrix: jax.Array, *vectors: jax.Array) -> lis
     return list(jnp.where(support[:, None], x, 0).T)
 
 
+def min_norm_step(
+    gramian: jax.Array,
+    weights: jax.Array,
+    allowed: jax.Array,
+    *,
+    gamma: jax.typing.ArrayLike,
+    rho: jax.typing.ArrayLike,
+) -> jax.Array:
+    """One gradient step on `w^T (M + rho I) w / 2`, from the weights projected onto the simplex of the tasks allowed.
+
+    Args:
+      gramian: `(T, T)`, `M`; or a cross-Gramian, of which it need not be the mean.
+      weights: `(T,)`, `w`.
+      allowed: `(T,)` of bool.
+      gamma: length of the step.
+      rho: pull towards equal weights.
+
+    Returns:
+      `(T,)`, which need not be on the simplex.
+    """
+    weights = project_onto_simplex(weights, allowed)
+    slope = gramian @ weights + jnp.asarray(rho, weights.dtype) * weights
+    return weights - jnp.asarray(gamma, weights.dtype) * slope
+
+
 def project_onto_simplex(point: jax.Array, allowed: jax.Array) -> jax.Array:
     """The nearest point of the simplex.
 

@@ -113,6 +113,25 @@ def learn_scalars(
     return _base.where_present(present, LearnedScalars(scalars.value + updates, states), scalars)
 
 
+def _learn_logarithms(
+    optimizer: optax.GradientTransformation, logarithms: LearnedScalars, grads: jax.Array, present: jax.Array
+) -> LearnedScalars:
+    """As `learn_scalars`, but keeps them in [-60, 60]: for a loss of zero there is no optimum, and no NaN then."""
+    learned = learn_scalars(optimizer, logarithms, grads, present)
+    return learned._replace(value=jnp.clip(learned.value, -60, 60))
+
+
+def learn_log_scales(
+    optimizer: optax.GradientTransformation,
+    log_scales: LearnedScalars,
+    scales: jax.Array,
+    losses: jax.Array,
+    present: jax.Array,
+) -> LearnedScalars:
+    """One step on `sum_i exp(s_i) L_i - s_i` with respect to the log-scales `s`; `scales` are `exp(s)`, `(T,)`."""
+    return _learn_logarithms(optimizer, log_scales, scales * losses - 1, present)
+
+
 def learn_log_variances(
     optimizer: optax.GradientTransformation,
     log_variances: LearnedScalars,
@@ -124,8 +143,5 @@ def learn_log_variances(
     """One step on `sum_i w_i L_i + s_i / 2` with respect to the log-variances `s`, where `w_i` is `a_i exp(-s_i)`.
 
     For another penalty than `s_i / 2`, `penalty_slope` is its derivative, `(T,)`.
-
-    They are kept in [-60, 60], so that a loss of zero, for which there is no optimum, does not end in NaN.
     """
-    learned = learn_scalars(optimizer, log_variances, penalty_slope - weights * losses, present)
-    return learned._replace(value=jnp.clip(learned.value, -60, 60))
+    return _learn_logarithms(optimizer, log_variances, penalty_slope - weights * losses, present)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
+import numpy as np
 import optax
 
 from optax_mtl import _base, _gramian
@@ -206,15 +207,33 @@ def _cross_gramian(
             "    updates, opt_state = tx.update(task_grads, opt_state, params, independent_grads=(grads_1, grads_2))"
         )
 
-    def own(update: Any, grads: Any) -> Any:
-        return update if _is_masked(update) else grads
-
-    pair = list(independent_grads)
-    for i, grads in enumerate(pair):
-        if not isinstance(updates, _gramian.Gramian):
-            pair[i] = grads = jax.tree.map(own, updates, grads, is_leaf=_is_masked)
-        _base.check_task_grads(grads, num_tasks, params, name=f"independent_grads[{i}]")
+    like, like_name = updates, "task_grads"
+    if isinstance(updates, _gramian.Gramian):
+        like, like_name = independent_grads[0], "independent_grads[0]"
+    _base.check_task_grads(like, num_tasks, params, name=like_name)
+    shapes = jax.tree.map(lambda g: np.broadcast_to(0, jnp.shape(g)[1:]), like)
+    pair = []
+    for i, grads in enumerate(independent_grads):
+        pair.append(_leaves_as_in(like, like_name, grads, f"independent_grads[{i}]"))
+        _base.check_task_grads(pair[i], num_tasks, shapes, name=f"independent_grads[{i}]")
     return _gramian.task_cross_gramian(*pair)
+
+
+def _leaves_as_in(like: Any, like_name: str, grads: Any, name: str) -> Any:
+    """`grads`, masked where `like` is; raises `ValueError` unless they then have the same leaves."""
+    treedef: Any
+    wanted, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_masked)
+    found = dict(jax.tree_util.tree_leaves_with_path(grads))
+    missing = [path for path, leaf in wanted if not _is_masked(leaf) and path not in found]
+    surplus = [path for path in found if all(path[: len(start)] != start for start, _ in wanted)]
+    for path in missing or surplus:
+        has, lacks = (like_name, name) if missing else (name, like_name)
+        where = jax.tree_util.keystr(path)
+        raise ValueError(
+            f"{name} must be a tree like {like_name}, but {has}{where} is not in {lacks}. Compute both with the same "
+            "function, on different batches."
+        )
+    return treedef.unflatten([leaf if _is_masked(leaf) else found[path] for path, leaf in wanted])
 
 
 def _is_masked(node: Any) -> bool:

@@ -334,7 +334,8 @@ CASES = (
         keeps=("permutation", "simplex"),
     ),
     # -- Stochastic multi-objective methods --------------------------------------------------------------------------
-    row(mtl.sdmgrad, kwargs={"inner_learning_rate": 0.5}, keeps=("permutation", "simplex")),  # at 10 it is chaotic
+    row(mtl.sdmgrad, kwargs={"inner_learning_rate": 0.5}, keeps=("permutation", "simplex")),
+    row(mtl.sdmgrad, "defaults", keeps=("simplex",)),  # for many tasks rounding decides: no permutation
     row(mtl.modo, keeps=("permutation", "simplex"), scale=None),  # the weights' step is absolute
     row(
         mtl.moco,
@@ -348,7 +349,7 @@ CASES = (
         "softmax",
         kwargs={"mapping": "softmax", "prenorm": True},
         static=("mapping", "prenorm"),
-        needs=("losses",),
+        needs=("positive losses",),
         alone=lambda g, loss: 0.5 * loss * g / np.linalg.norm(g),
         scale=0,
         keeps=("permutation", "simplex"),

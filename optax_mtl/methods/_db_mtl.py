@@ -52,7 +52,7 @@ def db_mtl(
     with :math:`\beta_k = \beta / k^\sigma`. Every task has the same say, whatever the scales of its loss and of its
     gradient. Choose it where these differ and the tasks matter alike. It does not look at conflicts.
 
-    With `beta=0` nothing is averaged: it needs the Gramian only, has no state, and the weights are
+    With `beta=0` nothing is averaged: it needs the Gramian only, keeps no averages, and the weights are
     :math:`\max_j(n_j / L_j) / n_i`. Otherwise it needs gradients, and its weights are those of the averaged ones.
 
     Needs `losses`, positive ones: a loss of zero counts as one. Under `shared_and_heads`, each head gets the gradient
@@ -64,8 +64,8 @@ def db_mtl(
       beta_sigma: how fast that share decays.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to `(*shape)`: for another `beta` than the
-      number 0, a chain of the averaging, whose state is `T` times the parameters in float32, and of the weighting.
+      An `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to `(*shape)`. For another `beta` than the
+      number 0, its state is `T` times the parameters in float32.
 
     Raises:
       ValueError: if `losses` is missing or has a negative one; if it is given a `Gramian` and `beta` is not 0.
@@ -109,5 +109,4 @@ def db_mtl(
     )
     if not averages:
         return balance
-    track = tracking("db_mtl", num_tasks, share, lambda norms, losses: _log_slopes(losses), positive_losses=True)
-    return optax.chain(track, balance)
+    return tracking("db_mtl", num_tasks, share, balance, lambda _, losses: _log_slopes(losses), positive_losses=True)

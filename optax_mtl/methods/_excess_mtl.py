@@ -106,13 +106,16 @@ def excess_mtl(
         log_weights, steps = jnp.full(num_tasks, -math.log(num_tasks), dtype), jnp.zeros(num_tasks, jnp.int32)
         return ExcessMTLState(squares, log_weights, jnp.zeros(num_tasks, dtype), steps)
 
+    def add_square(sums: jax.Array, grads: jax.Array) -> jax.Array:
+        return jnp.minimum(sums + jnp.square(grads.astype(sums.dtype)), jnp.finfo(sums.dtype).max)
+
     def rule(
         gramian: jax.Array, state: ExcessMTLState, *, present: jax.Array, task_grads: _base.TaskGrads, **_: Any
     ) -> tuple[jax.Array, ExcessMTLState]:
         check_not_gramian(task_grads, "excess_mtl")
-        squares = jax.tree.map(lambda sums, g: sums + jnp.square(g.astype(sums.dtype)), state.squares, task_grads)
-        squares = _base.where_present(present, squares, state.squares)
-        risks = jnp.where(present, excess_risks(task_grads, squares), 0).astype(gramian.dtype)
+        task_grads = _base.where_present(present, task_grads, jax.tree.map(jnp.zeros_like, task_grads))
+        squares = jax.tree.map(add_square, state.squares, task_grads)
+        risks = excess_risks(task_grads, squares).astype(gramian.dtype)
 
         warms_up = present & (state.steps < jnp.maximum(jnp.asarray(warmup_steps, jnp.int32), 1))
         steps = state.steps + warms_up.astype(jnp.int32)

@@ -127,9 +127,9 @@ def gradvac(
     Note:
       `beta=0.01` is what re-implementations quote as the paper's, which we have not checked; LibMTL and TorchJD have
       0.5. A target follows the cosine found at every visit, before the turn; in SamsungLabs' code it does so only where
-      the gradient is turned. As targets near one ask for ever longer gradients, no cosine beyond 1 - 1e-4 is asked for.
-      A pair with an absent task or a zero gradient, or one that has been turned to nothing, is passed over and keeps
-      its target. No epsilon is added to the norms.
+      the gradient is turned. As targets near one ask for ever longer gradients, no cosine beyond 1 - 1e-4 is asked for:
+      a turn may then multiply a gradient's length by up to about 70. A pair with an absent task or a zero gradient, or
+      one that has been turned to nothing, is passed over and keeps its target. No epsilon is added to the norms.
     """
     _base.check_choice("granularity", granularity, ("whole", "leaf"))
     _base.check_choice("order", order, ("per_task", "shared", "fixed"))

@@ -7,7 +7,7 @@ from jax import numpy as jnp
 import optax
 
 from optax_mtl import _base, _solvers
-from optax_mtl._task_state import init_learned_scalars, learn_scalars, LearnedScalars
+from optax_mtl._task_state import init_learned_scalars, learn_log_scales, LearnedScalars
 from optax_mtl._weighting import weighting
 
 
@@ -25,6 +25,9 @@ class IMTLState(NamedTuple):
 
 def imtl_weights(gramian: jax.Array, scales: jax.Array, *, present: jax.Array | None = None) -> jax.Array:
     """Weights of the impartial direction of the gradients of scaled losses.
+
+    They are a multiple of `imtl_g_weights`, which they are for scales of one: a gradient's scale does not turn the
+    direction, but the sum that is made one is that of the weights of the scaled gradients, `weights / scales`.
 
     Args:
       gramian: `(T, T)`, of the gradients as they are; tasks with zero rows are left out.
@@ -97,8 +100,7 @@ def imtl(
         gramian: jax.Array, state: IMTLState, *, losses: jax.Array, present: jax.Array, **_: Any
     ) -> tuple[jax.Array, IMTLState]:
         scales = jnp.exp(state.log_scales.value.astype(gramian.dtype))
-        learned = learn_scalars(inner, state.log_scales, scales * losses - 1, present)
-        learned = learned._replace(value=jnp.clip(learned.value, -60, 60))
+        learned = learn_log_scales(inner, state.log_scales, scales, losses, present)
         return imtl_weights(gramian, scales, present=present), IMTLState(learned, scales)
 
     return weighting("imtl", num_tasks, rule, init, needs_losses=True)

@@ -11,7 +11,7 @@ from optax_mtl._weighting import weighting
 
 
 def imtl_g_weights(gramian: jax.Array, *, present: jax.Array | None = None) -> jax.Array:
-    """Weights of the impartial direction. See `imtl_g`.
+    """Weights of the impartial direction: `imtl_weights` for scales of one. See `imtl_g`.
 
     Args:
       gramian: `(T, T)`; tasks with zero rows are left out.

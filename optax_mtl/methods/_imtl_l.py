@@ -6,7 +6,7 @@ import jax
 from jax import numpy as jnp
 import optax
 
-from optax_mtl._task_state import init_learned_scalars, learn_scalars, LearnedScalars
+from optax_mtl._task_state import init_learned_scalars, learn_log_scales, LearnedScalars
 from optax_mtl._weighting import weighting
 
 
@@ -65,8 +65,7 @@ def imtl_l(
         gramian: jax.Array, state: LearnedScalars, *, losses: jax.Array, present: jax.Array, **_: Any
     ) -> tuple[jax.Array, LearnedScalars]:
         weights = imtl_l_weights(state.value.astype(gramian.dtype))
-        learned = learn_scalars(inner, state, weights * losses - 1, present)
-        return weights, learned._replace(value=jnp.clip(learned.value, -60, 60))
+        return weights, learn_log_scales(inner, state, weights, losses, present)
 
     return weighting(
         "imtl_l",

@@ -86,8 +86,8 @@ def krum(
     Note:
       Scores are of squared distances, as in the paper; TorchJD adds up the distances themselves. Equal scores: the
       first task. In a step with fewer than `n_byzantine + 3` tasks there is no neighbour to tell the good from the bad:
-      the tasks present are averaged, which protects from nothing. Gradients that differ by less than about 1e-3 of the
-      largest cannot be told apart by a Gramian in float32.
+      the tasks present are averaged, which protects from nothing. Two gradients that differ by less than about 1e-3
+      of their own length cannot be told apart by a Gramian in float32.
     """
     num_tasks = _base.check_num_tasks(num_tasks)
     n_byzantine = _base.check_int("n_byzantine", n_byzantine, 0, max(num_tasks - 3, 0))

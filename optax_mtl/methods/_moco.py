@@ -7,7 +7,7 @@ from jax import numpy as jnp
 import optax
 
 from optax_mtl import _base
-from optax_mtl._solvers import project_onto_simplex, reciprocal
+from optax_mtl._solvers import min_norm_step, project_onto_simplex, reciprocal
 from optax_mtl._tracking import tracking
 from optax_mtl._weighting import weighting
 
@@ -48,9 +48,7 @@ def moco_weights(
     """
     _base.check_choice("mapping", mapping, ("project", "softmax"))
     present = jnp.ones(weights.shape, bool) if present is None else present
-    weights = project_onto_simplex(weights, present)  # over the tasks that take part
-    slope = gramian @ weights + jnp.asarray(rho, weights.dtype) * weights
-    point = weights - jnp.asarray(gamma, weights.dtype) * slope
+    point = min_norm_step(gramian, weights, present, gamma=gamma, rho=rho)
     if mapping == "project":
         return project_onto_simplex(point, present)
     return _base.masked_softmax(jnp.maximum(point, jnp.finfo(point.dtype).min), present)
@@ -77,7 +75,8 @@ def moco(
     it in place of `mgda` where batches are small, and a copy of the parameters for each task fits in memory; `modo` and
     `sdmgrad` do without, and take more batches instead.
 
-    Needs gradients (and `losses` for `prenorm`). Weights sum to one; they are those of the tracked gradients.
+    Needs gradients (and `losses`, positive ones, for `prenorm`). Weights sum to one; they are those of the tracked
+    gradients.
 
     Args:
       num_tasks: number of tasks `T`.
@@ -92,11 +91,11 @@ def moco(
         they are tracked, as in LibMTL.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to `(*shape)`: a chain of the tracking, whose
-      state is `T` times the parameters in float32, and of the weighting.
+      An `optax.GradientTransformationExtraArgs` from leaves `(T, *shape)` to `(*shape)`. Its state is `T` times the
+      parameters in float32.
 
     Raises:
-      ValueError: if it is given a `Gramian`, or `prenorm` without `losses`.
+      ValueError: if it is given a `Gramian`, or `prenorm` and `losses` is missing or has a negative one.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_mtl as mtl
@@ -137,4 +136,5 @@ def moco(
         return MoCoState(jnp.zeros((), jnp.int32), jnp.full(num_tasks, 1 / num_tasks, dtype))
 
     to_loss = (lambda norms, losses: losses * reciprocal(norms)) if prenorm else None
-    return optax.chain(tracking("moco", num_tasks, share, to_loss), weighting("moco", num_tasks, rule, init))
+    balance = weighting("moco", num_tasks, rule, init)
+    return tracking("moco", num_tasks, share, balance, to_loss, positive_losses=prenorm)

@@ -7,7 +7,7 @@ from jax import numpy as jnp
 import optax
 
 from optax_mtl import _base
-from optax_mtl._solvers import project_onto_simplex
+from optax_mtl._solvers import min_norm_step, project_onto_simplex
 from optax_mtl._weighting import stochastic_weighting
 
 
@@ -42,9 +42,7 @@ def modo_weights(
       `(T,)`, non-negative, summing to one.
     """
     present = jnp.ones(weights.shape, bool) if present is None else present
-    weights = project_onto_simplex(weights, present)  # over the tasks that take part
-    slope = gramian @ weights + jnp.asarray(rho, weights.dtype) * weights
-    return project_onto_simplex(weights - jnp.asarray(gamma, weights.dtype) * slope, present)
+    return project_onto_simplex(min_norm_step(gramian, weights, present, gamma=gamma, rho=rho), present)
 
 
 def modo(

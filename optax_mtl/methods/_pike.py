@@ -132,7 +132,9 @@ def pike(
         factors = present.astype(gramian.dtype)
         if tau is not None and losses is not None:
             pull = jnp.asarray(tau, gramian.dtype)
-            factors = pull * _base.masked_softmax(pull * losses, present)
+            lowest = jnp.finfo(losses.dtype).min
+            behind = losses - jnp.max(losses, where=present, initial=lowest)  # first, as `pull * losses` may overflow
+            factors = pull * _base.masked_softmax(pull * jnp.clip(behind, lowest, 0), present)
         variance = jnp.asarray(gradient_variance, gramian.dtype)
         known = jnp.isfinite(variance)
         scale = factors**2

@@ -96,7 +96,8 @@ def sdmgrad(
       lam: the pull of the preferred direction, :math:`\lambda`.
       preference: :math:`\tilde w`, `(T,)`, of any sum, for the direction to stay near; equal weights if None.
       inner_learning_rate: of the steps on the weights, for gradients of mean norm one. At the authors' 10 they jump
-        between corners of the simplex, and rounding decides where they end; at 0.5 they converge.
+        between corners of the simplex, and for many tasks rounding decides where they end (for 8, in more than a third
+        of random problems; for 2 or 3, in none); at 0.5 they converge.
       momentum: of these steps.
       iterations: their number in each update.
 

@@ -9,7 +9,7 @@ import optax
 from optax_mtl import _base, _gramian
 from optax_mtl._mixing import mixer
 
-_UNROLL = 16  # tasks; beyond, a loop over them keeps the compiled program small
+_UNROLL = 12  # tasks; beyond, XLA keeps the comparisons of all tasks, T times the gradients, unless in a loop
 
 
 def trimmed_mean(num_tasks: int, *, k: int | jax.Array) -> optax.GradientTransformationExtraArgs:

@@ -1,7 +1,10 @@
 """DB-MTL: reference values, the averages, the heads."""
 
+import jax
 from jax import numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 import optax_mtl as mtl
 import problems
@@ -28,6 +31,45 @@ def test_it_follows_its_formula():
         np.testing.assert_allclose(
             problems.vector_of(update), (norms.max() / norms) @ means, rtol=1e-4, atol=1e-4 * norms.max()
         )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "losses"),
+    [
+        (jnp.float16, 100.0, [1e-3, 1.0, 3e-3]),
+        (jnp.float32, 0.1, [1e-19, 1.0, 1e-20]),
+        (jnp.float32, 1e-15, [1e-20, 1e-24, 1e-23]),
+    ],
+)
+def test_a_loss_near_zero_makes_a_steep_logarithm_and_not_an_absentee(dtype, size, losses):
+    """The first step is that without averages, but for its length."""
+    params, task_grads = problems.params(dtype), problems.tree_of(size * problems.gradients(), dtype)
+    losses = jnp.array(losses, jnp.float32)
+    tx = mtl.db_mtl(T)
+    update, state = tx.update(task_grads, tx.init(params), params, losses=losses)
+    assert optax.tree.get(state, "nonfinite_count").tolist() == [0, 0, 0]
+    exact = np.asarray(problems.vector_of(task_grads), np.float64) / np.asarray(losses, np.float64)[:, None]
+    norms = np.linalg.norm(exact, axis=1)
+    np.testing.assert_allclose(problems.vector_of(update), 0.1 * (norms.max() / norms) @ exact, rtol=2e-3)
+
+
+def test_a_logarithm_too_steep_for_its_mean_is_set_aside():
+    tx = mtl.db_mtl(2)
+    state = tx.init(jnp.zeros(2))
+    for losses in ([1e-30, 1.0], [1.0, 1.0]):
+        update, state = tx.update(jnp.eye(2), state, losses=jnp.array(losses))
+        assert np.isfinite(update).all()
+    assert state.steps.tolist() == [1, 2]
+    assert state.balance.nonfinite_count.tolist() == [1, 0]
+
+
+def test_the_averages_are_all_the_memory_that_it_takes():
+    """Counted in the compiled program: no copy of the task gradients beside the state."""
+    tx = mtl.db_mtl(8)
+    params, task_grads = jnp.zeros((300, 400)), jnp.zeros((8, 300, 400))
+    step = jax.jit(lambda *args, losses: tx.update(*args, losses=losses))
+    compiled = step.lower(task_grads, tx.init(params), params, losses=jnp.ones(8)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < params.nbytes
 
 
 def test_the_unit_of_a_loss_does_not_matter():

@@ -27,6 +27,15 @@ def test_trimmed_mean_is_what_sorting_gives(num_tasks, k):
         assert np.all(np.asarray(state.task_weights)[~mask] == 0)
 
 
+@pytest.mark.parametrize("num_tasks", [12, 16])
+def test_trimmed_mean_needs_memory_for_two_copies_of_the_gradients_at_most(num_tasks):
+    """Counted in the compiled program; comparing all tasks with all at once would take sixteen copies for sixteen."""
+    tx = mtl.trimmed_mean(num_tasks, k=1)
+    params, task_grads = jnp.zeros((300, 400)), jnp.zeros((num_tasks, 300, 400))
+    compiled = jax.jit(tx.update).lower(task_grads, tx.init(params), params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.1 * task_grads.nbytes
+
+
 def test_too_few_tasks_for_the_trimming_leave_their_median():
     matrix = np.array([[1.0], [5.0], [100.0], [2.0], [3.0]])
     tx = mtl.trimmed_mean(5, k=2)

@@ -55,6 +55,25 @@ def test_weights_move_without_bound_and_stay_finite():
         np.testing.assert_allclose(state.task_weights.sum(), 2, rtol=1e-6)
 
 
+def test_squares_that_overflow_do_not_end_a_task():
+    """The sum stays at the largest number, so that the first task's risk falls less than the second's, not to zero."""
+    tx = mtl.excess_mtl(2)
+    state = tx.init(jnp.zeros(1))
+    for _ in range(6):
+        _, state = tx.update(jnp.array([[1e19], [1.0]]), state)
+    assert np.isfinite(jax.tree.leaves(state.method.squares)[0]).all()
+    assert 1 < state.task_weights[0] < 1.5
+
+
+@pytest.mark.parametrize("losses", [[3e38, 1.0], [3e38, -3e38], [3e38, jnp.nan]])
+def test_a_loss_at_the_end_of_the_numbers_leaves_pike_finite(losses):
+    tx = mtl.pike(2, zeta1=0.1, zeta2=0.1, tau=2.0)
+    given = {"losses": jnp.array(losses), "gradient_variance": jnp.zeros(2)}
+    _, state = tx.update(jnp.ones((2, 1)), tx.init(jnp.zeros(1)), **given)
+    assert np.isfinite(state.method.log_weights).all()
+    assert (state.task_weights[0] > 1, state.task_weights[1]) == (True, 0)
+
+
 @pytest.mark.parametrize("tau", [None, 1.5])
 def test_pike_follows_its_formula(tau):
     tx = mtl.pike(T, zeta1=0.05, zeta2=0.3, every=2, tau=tau)

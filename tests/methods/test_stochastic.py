@@ -49,18 +49,23 @@ def pair(k):
     return problems.tree_of(BATCHES[1][k]), problems.tree_of(BATCHES[2][k])
 
 
+def sdmgrad_step(solution, cross, size):
+    """Returns the new solution and the weights; `size` is what the products are divided by."""
+    target, lam, velocity = np.array([1.0, 2.0, 3.0]) / 6, 0.3, np.zeros(T)
+    for _ in range(20):
+        velocity = 0.5 * velocity + cross / size @ (solution + lam * target)
+        solution = project(solution - 0.5 * velocity)
+    return solution, (solution + lam * target) / (1 + lam)
+
+
 def test_sdmgrad_follows_its_formula():
     updates, _ = run(METHODS["sdmgrad"](), pair)
-    solution, target, lam = np.full(T, 1 / T), np.array([1.0, 2.0, 3.0]) / 6, 0.3
+    solution = np.full(T, 1 / T)
     for k in range(STEPS):
         cross = BATCHES[1][k] @ BATCHES[2][k].T
-        cross = cross / np.mean(np.sqrt(np.maximum(np.diag(cross), 0))) ** 2
-        velocity = np.zeros(T)
-        for _ in range(20):
-            velocity = 0.5 * velocity + cross @ (solution + lam * target)
-            solution = project(solution - 0.5 * velocity)
-        expected = (solution + lam * target) / (1 + lam) @ BATCHES[0][k]
-        np.testing.assert_allclose(updates[k], expected, rtol=1e-3, atol=1e-4)
+        size = np.mean(np.sqrt(np.maximum(np.diag(cross), 0))) ** 2
+        solution, weights = sdmgrad_step(solution, cross, size)
+        np.testing.assert_allclose(updates[k], weights @ BATCHES[0][k], rtol=1e-3, atol=1e-4)
 
 
 def test_modo_follows_its_formula():
@@ -182,6 +187,21 @@ def test_what_independent_gradients_must_look_like(method):
         tx.update(grads, state, params, independent_grads=mtl.Gramian(jnp.eye(2)))
 
 
+@both
+def test_independent_gradients_are_compared_with_the_others_without_params(method):
+    tx = METHODS[method]()
+    grads = problems.tree_of(BATCHES[0][0])
+    state = tx.init(problems.params())
+    other = {"a": jnp.ones((3, 2)), "b": grads["b"]}
+    for given, like in ((grads, "task_grads"), (mtl.Gramian(jnp.eye(T)), r"independent_grads\[0\]")):
+        with pytest.raises(ValueError, match=r"independent_grads\[1\]\['a'\] has shape \(3, 2\), wanted \(3, 4\)"):
+            tx.update(given, state, independent_grads=(grads, other))
+        with pytest.raises(ValueError, match=rf"like {like}, but {like}\['b'\]\[0\] is not in independent_grads\[1\]"):
+            tx.update(given, state, independent_grads=(grads, {"a": grads["a"]}))
+        with pytest.raises(ValueError, match=rf"but independent_grads\[1\]\['c'\] is not in {like}"):
+            tx.update(given, state, independent_grads=(grads, {**grads, "c": grads["a"]}))
+
+
 def test_both_end_at_mgda_if_nothing_else_pulls():
     """With the gradients held fixed: many steps, many iterations."""
     for seed in range(3):
@@ -203,12 +223,18 @@ def test_a_strong_pull_gives_the_preferred_direction():
     np.testing.assert_allclose(state.task_weights, [0.25, 0.5, 0.25], atol=1e-3)
 
 
-def test_batches_that_disagree_entirely_leave_finite_weights():
+def test_batches_that_disagree_entirely_follow_the_formulas_too():
     """No task's gradients agree across the batches: nothing on the diagonal to take a scale from."""
-    grads = problems.gradients()
-    cross = mtl.Gramian(jnp.asarray(-grads @ grads.T, jnp.float32))
-    for make in METHODS.values():
-        tx = make()
-        weights, _ = tx.update(mtl.Gramian(jnp.eye(T)), tx.init(problems.params()), independent_grads=cross)
-        assert np.isfinite(weights).all()
-        np.testing.assert_allclose(np.sum(weights), 1, rtol=1e-5)
+    for seed in range(3):
+        grads = problems.gradients(seed=seed)
+        cross, equal = -grads @ grads.T, np.full(T, 1 / T)
+        size = np.finfo(np.float32).eps * np.abs(cross).max()
+        expected = {
+            "sdmgrad": sdmgrad_step(equal, cross, size)[1],
+            "modo": project(equal - 0.02 * (cross @ equal + 0.1 * equal)),
+        }
+        given = mtl.Gramian(jnp.asarray(cross, jnp.float32))
+        for method, make in METHODS.items():
+            tx = make()
+            weights, _ = tx.update(mtl.Gramian(jnp.eye(T)), tx.init(problems.params()), independent_grads=given)
+            np.testing.assert_allclose(weights, expected[method], rtol=1e-5, atol=1e-6)
