@@ -1,6 +1,7 @@
 """No surprises: dtype promotion is strict, rank promotion an error. (Warnings are errors in pyproject.toml.)"""
 
 import contextlib
+import itertools
 import pathlib
 
 import hypothesis
@@ -12,9 +13,21 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=50, 
 hypothesis.settings.load_profile("default")
 
 
+# The laws are about maths, and compile a thousand small programs: XLA need not optimise those. (All other tests, of the
+# solvers, of agreement with other libraries and of what is counted, run what users run.)
+_NEVER_OPTIMISE = jax.config.values["jax_disable_most_optimizations"]
+
+# Each compiled program takes memory maps, of which Linux grants a process 65,530: thousands of tests are too many.
+_TESTS_BETWEEN_CLEARANCES = 300
+_count = itertools.count(1)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     """For the tests of this folder only: docstrings' examples run as a user would run them."""
+    if next(_count) % _TESTS_BETWEEN_CLEARANCES == 0:
+        jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", _NEVER_OPTIMISE or item.path.name == "test_laws.py")
     with contextlib.ExitStack() as stack:
         if pathlib.Path(__file__).parent in item.path.parents:
             stack.enter_context(jax.numpy_dtype_promotion("strict"))
