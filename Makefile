@@ -20,7 +20,7 @@ venv: .venv/.installed  ## create .venv and install the package with all that de
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-demo: venv  ## train a network on real data with every method; a table, pictures and a report
+demo: venv  ## train a network on real data with many methods; a table, pictures and a report
 	@$(BIN)/python -m optax_mtl.experiments compare
 
 test: venv  ## run the tests, the docstrings' examples and the notebooks

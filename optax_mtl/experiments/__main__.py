@@ -96,7 +96,7 @@ def _parser(prog: str) -> _Parser:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_Parser)
     compare = commands.add_parser(
         "compare",
-        help="train with every method and compare",
+        help="train with many methods and compare",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
