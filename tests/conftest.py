@@ -13,8 +13,9 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=50, 
 hypothesis.settings.load_profile("default")
 
 
-# The laws are about maths, and compile a thousand small programs: XLA need not optimise those. (All other tests, of the
-# solvers, of agreement with other libraries and of what is counted, run what users run.)
+# These compile much and compute little, about maths that does not depend on it: XLA need not optimise. (All others, of
+# the solvers, of each method by itself and of what is counted, run what users run.)
+_COMPILE_FAST = ("test_laws.py", "experiments", "parity")
 _NEVER_OPTIMISE = jax.config.values["jax_disable_most_optimizations"]
 
 # Each compiled program takes memory maps, of which Linux grants a process 65,530: thousands of tests are too many.
@@ -27,7 +28,8 @@ def pytest_runtest_protocol(item, nextitem):
     """For the tests of this folder only: docstrings' examples run as a user would run them."""
     if next(_count) % _TESTS_BETWEEN_CLEARANCES == 0:
         jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", _NEVER_OPTIMISE or item.path.name == "test_laws.py")
+    compile_fast = _NEVER_OPTIMISE or any(part in _COMPILE_FAST for part in item.path.parts)
+    jax.config.update("jax_disable_most_optimizations", compile_fast)
     with contextlib.ExitStack() as stack:
         if pathlib.Path(__file__).parent in item.path.parents:
             stack.enter_context(jax.numpy_dtype_promotion("strict"))

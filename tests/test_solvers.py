@@ -188,6 +188,7 @@ adversarial = hnp.arrays(
 @hypothesis.given(matrix=adversarial)
 @hypothesis.settings(max_examples=200)
 def test_whatever_the_gradients_every_solver_is_exact(matrix):
+    matrix = np.where(np.abs(matrix) < 1e-12, np.float32(0), matrix)  # whose square float32 holds
     everyone, ones = jnp.ones(4, bool), jnp.ones(4)
     for name, arguments in {
         "min-norm point": (everyone,),
