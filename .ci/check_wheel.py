@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEPENDENCIES = {"chex", "jax", "optax"}
 EXTRAS = {"dev", "experiments", "notebooks", "peers", "test"}
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
-SDIST_FOLDERS = {"notebooks", "optax_mtl", "tests"}
+SDIST_FOLDERS = {"docs", "notebooks", "optax_mtl", "tests"}
 SDIST_FILES = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}
 
 
@@ -72,7 +72,7 @@ def check_wheel(wheel: Path) -> None:
 
 
 def check_sdist(sdist: Path) -> None:
-    """The sdist holds the package, its tests and notebooks, and the files that explain them."""
+    """The sdist holds the package, its tests, docs and notebooks, and the files that explain them."""
     with tarfile.open(sdist) as archive:
         names = [m.name.split("/", 1)[1] for m in archive.getmembers() if m.isfile()]
     expect(f"folders of {sdist.name}", {n.split("/")[0] for n in names if "/" in n}, SDIST_FOLDERS)

@@ -5,7 +5,7 @@ Axis 0 of every leaf of `task_grads` is the task axis, of length `num_tasks`; `l
 found, where, and what to write instead.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 import numbers
 import operator
@@ -120,10 +120,13 @@ def check_task_index(name: str, index: int, num_tasks: int) -> Any:
     return check_int(name, index, -num_tasks, num_tasks - 1) % num_tasks
 
 
-def primary_tasks(primary: int | Sequence[int], num_tasks: int) -> jax.Array:
-    """Which tasks `primary` names, `(T,)` of bool; raises `ValueError` if it names none, or one that there is not."""
-    several = isinstance(primary, tuple | list) or np.ndim(primary) == 1  # an array, injected perhaps
-    named: list[Any] = list(primary) if several else [primary]  # type: ignore[arg-type]
+def primary_tasks(primary: Any, num_tasks: int) -> jax.Array:
+    """Which tasks `primary` names, `(T,)` of bool; raises `ValueError` if it names none, or one that there is not.
+
+    It may be an index, or several: a tuple, a list or an array `(n,)`, injected perhaps.
+    """
+    several = isinstance(primary, tuple | list) or np.ndim(primary) == 1
+    named = list(primary) if several else [primary]
     if not named:
         raise ValueError("primary must be the index of a task, or a tuple of such, found none.")
     indices = [check_task_index("primary", each, check_num_tasks(num_tasks)) for each in named]

@@ -102,10 +102,8 @@ def per_task(inner: optax.GradientTransformation, num_tasks: int) -> optax.Gradi
         task_finite: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
-        check_not_gramian(updates, "per_task")
-        _base.check_task_grads(updates, num_tasks, params)
+        check_gradients(updates, num_tasks, params, losses, "per_task")
         if losses is not None:
-            _base.check_losses(losses, num_tasks, "per_task")
             extra_args["losses"] = losses
         if not jax.tree.leaves(updates):
             return updates, state
@@ -149,6 +147,16 @@ def check_not_gramian(updates: _base.TaskGrads, method: str) -> None:
         )
 
 
+def check_gradients(
+    updates: _base.TaskGrads, num_tasks: int, params: _base.Params | None, losses: jax.Array | None, method: str
+) -> None:
+    """Raises `ValueError` unless a method that acts on every entry was given what it needs, and no `Gramian`."""
+    check_not_gramian(updates, method)
+    _base.check_task_grads(updates, num_tasks, params)
+    if losses is not None:
+        _base.check_losses(losses, num_tasks, method)
+
+
 def leafwise(method: optax.GradientTransformationExtraArgs, num_tasks: int) -> optax.GradientTransformationExtraArgs:
     """Runs a weighting on each leaf's own Gramian, all at once: own weights and own state for every leaf.
 
@@ -163,7 +171,6 @@ def leafwise(method: optax.GradientTransformationExtraArgs, num_tasks: int) -> o
       The transformation. Its `task_weights` are the mean over the leaves, and the `method` part of its state has a
       leading axis over them (random keys are the same for all).
     """
-    of_each_leaf: Any = _base.BalanceState(None, None, None, method=0)  # type: ignore[arg-type]
 
     def init_fn(params: _base.Params) -> _base.BalanceState:
         num_leaves = len(jax.tree.leaves(params))
@@ -191,11 +198,11 @@ def leafwise(method: optax.GradientTransformationExtraArgs, num_tasks: int) -> o
         finite = jnp.all(jnp.isfinite(jnp.diagonal(gramians, axis1=1, axis2=2)), axis=0)
         finite = finite if task_finite is None else finite & task_finite
 
-        def update_leaf(matrix: jax.Array, state: Any) -> tuple[Any, Any]:
+        def update_leaf(matrix: jax.Array, of_leaf: Any) -> tuple[Any, Any]:
             gramian: Any = _gramian.Gramian(matrix)
-            return method.update(gramian, state, params, task_finite=finite, **extra_args)
+            return method.update(gramian, state._replace(method=of_leaf), params, task_finite=finite, **extra_args)
 
-        weights, states = jax.vmap(update_leaf, in_axes=(0, of_each_leaf))(gramians, state)
+        weights, states = jax.vmap(update_leaf)(gramians, state.method)
         new = states._replace(
             task_weights=jnp.mean(states.task_weights, axis=0),
             task_present=states.task_present[0],

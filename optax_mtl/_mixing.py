@@ -9,7 +9,7 @@ from jax import numpy as jnp
 import optax
 
 from optax_mtl import _base, _gramian
-from optax_mtl._combinators import check_not_gramian
+from optax_mtl._combinators import check_gradients
 
 # mix(task_grads, method_state, *, present, losses, params, **extra_args) -> (update, contributions, method_state)
 Mix = Callable[..., tuple[Any, Any, Any]]
@@ -54,10 +54,7 @@ def mixer(
         task_finite: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
-        check_not_gramian(updates, name)
-        _base.check_task_grads(updates, num_tasks, params)
-        if losses is not None:
-            _base.check_losses(losses, num_tasks, name)
+        check_gradients(updates, num_tasks, params, losses, name)
         if not jax.tree.leaves(updates):
             return updates, state
         norms = _gramian.task_squared_norms(updates)

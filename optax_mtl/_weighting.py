@@ -109,6 +109,7 @@ def weighting(
 
 def _at_present_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, run at the matrix precision that is the default now, wherever it is called."""
+    # What holds here, in a context too; jax.config makes its attributes at run time, so no type checker knows them.
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
     @functools.wraps(function)

@@ -7,7 +7,7 @@ from jax import numpy as jnp
 import optax
 
 from optax_mtl import _base, _gramian, _solvers
-from optax_mtl._combinators import check_not_gramian
+from optax_mtl._combinators import check_gradients
 from optax_mtl._weighting import weighting
 
 _LENGTHS = ("projection", "min", "max", "harmonic", "arithmetic", "geometric")
@@ -211,10 +211,7 @@ def con_fig_momentum(
         task_finite: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
-        check_not_gramian(updates, "con_fig_momentum")
-        _base.check_task_grads(updates, num_tasks, params)
-        if losses is not None:
-            _base.check_losses(losses, num_tasks, "con_fig_momentum")
+        check_gradients(updates, num_tasks, params, losses, "con_fig_momentum")
         if not jax.tree.leaves(updates):
             return updates, state
         norms = _gramian.task_squared_norms(updates)
