@@ -9,7 +9,7 @@ import chex
 import jax
 from jax import lax, numpy as jnp
 
-from optax_mtl import _base
+from optax_mtl import _base, _split
 
 _STRATEGIES = ("auto", "unroll", "loop", "vmap")
 _UNROLL = 16  # tasks; beyond, compile time and memory speak for the loop
@@ -55,45 +55,81 @@ def value_and_task_grads(
              [ 2.,  4.]], dtype=float32))
     """
     _base.check_choice("strategy", strategy, _STRATEGIES)
+    if isinstance(loss_fn, _split.Split):
+        check_split_arguments(argnums)
+        return functools.partial(_split_value_and_task_grads, loss_fn, has_aux, strategy)
 
     @functools.wraps(loss_fn)
     def value_and_task_grads_fn(*args: Any, **kwargs: Any) -> tuple[Any, _base.TaskGrads]:
-        single = not isinstance(argnums, Sequence)
-        nums = tuple(argnums) if isinstance(argnums, Sequence) else (operator.index(argnums),)
-        if max(nums) >= len(args):
-            raise ValueError(
-                f"value_and_task_grads: argnums={argnums} asks for argument {max(nums)}, but {len(args)} positional "
-                "arguments were given: pass what to differentiate with respect to by position."
-            )
-        inputs = tuple(args[i] for i in nums)
-        _check_differentiable(inputs)
-
-        def losses_of(*inputs: Any) -> tuple[Any, Any]:
-            full = list(args)
-            for i, value in zip(nums, inputs, strict=True):
-                full[i] = value
-            out = loss_fn(*full, **kwargs)
-            return out if has_aux else (out, None)
-
+        inputs, losses_of = differentiated(loss_fn, argnums, has_aux, args, kwargs)
         out, pushforward, aux = jax.linearize(losses_of, *inputs, has_aux=True)
         losses = stack_losses(out)
         grads = _pull_back_each(pushforward, inputs, out, strategy)
         value = (losses, aux) if has_aux else losses
-        return value, grads[0] if single else grads
+        return value, grads if isinstance(argnums, Sequence) else grads[0]
 
     return value_and_task_grads_fn
+
+
+def _split_value_and_task_grads(
+    loss_fn: _split.Split, has_aux: bool, strategy: str, params: Any, batch: Any
+) -> tuple[Any, _base.TaskGrads]:
+    loss_fn.check(params)
+    _check_differentiable((params,))
+    if loss_fn.own_inputs:
+        parts, trunk_grads = loss_fn.with_own_inputs(params, batch, has_aux)
+        stacked = stack_task_grads(trunk_grads)
+    else:
+        features, pullback = jax.vjp(lambda trunk: loss_fn.trunk(trunk, batch), params["trunk"])
+        parts = loss_fn.through_heads(features, params, batch, has_aux)
+        how = _fastest(strategy, loss_fn.num_tasks)
+        if how == "unroll":
+            stacked = stack_task_grads([pullback(cotangent)[0] for cotangent in parts.cotangents])
+        else:
+            cotangents = stack_task_grads(parts.cotangents)
+            (stacked,) = jax.vmap(pullback)(cotangents) if how == "vmap" else lax.map(pullback, cotangents)
+    grads = {"trunk": stacked, "heads": jax.tree.map(lambda g: g[None], parts.head_grads)}
+    return (parts.losses, parts.aux) if has_aux else parts.losses, grads
+
+
+def check_split_arguments(argnums: int | Sequence[int]) -> None:
+    """Raises `ValueError` unless `argnums` is the parameters of a split loss."""
+    if argnums != 0:
+        raise ValueError(f"A split loss is differentiated with respect to its parameters, argnums=0; found {argnums}.")
+
+
+def differentiated(
+    loss_fn: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, args: tuple[Any, ...], kwargs: Any
+) -> tuple[tuple[Any, ...], Callable[..., tuple[Any, Any]]]:
+    """The arguments that `argnums` names, and the function of these alone that returns losses and auxiliary data.
+
+    Raises:
+      ValueError: if there is no such argument, or one with leaves that are not floating-point arrays.
+    """
+    nums = tuple(argnums) if isinstance(argnums, Sequence) else (operator.index(argnums),)
+    if max(nums) >= len(args):
+        raise ValueError(
+            f"value_and_task_grads: argnums={argnums} asks for argument {max(nums)}, but {len(args)} positional "
+            "arguments were given: pass what to differentiate with respect to by position."
+        )
+    inputs = tuple(args[i] for i in nums)
+    _check_differentiable(inputs)
+
+    def losses_of(*inputs: Any) -> tuple[Any, Any]:
+        full = list(args)
+        for i, value in zip(nums, inputs, strict=True):
+            full[i] = value
+        out = loss_fn(*full, **kwargs)
+        return out if has_aux else (out, None)
+
+    return inputs, losses_of
 
 
 def _pull_back_each(pushforward: Callable[..., Any], inputs: tuple[Any, ...], out: Any, strategy: str) -> Any:
     """The gradients of all losses, stacked; `pushforward` is linear from tangents of `inputs` to tangents of `out`."""
     losses = jax.eval_shape(stack_losses, out)
     num_tasks = losses.shape[0]
-    if strategy == "auto":
-        if jax.default_backend() != "cpu":
-            strategy = "vmap"
-        else:
-            strategy = "unroll" if num_tasks <= _UNROLL else "loop"
-
+    strategy = _fastest(strategy, num_tasks)
     if strategy == "unroll":
         # Transposing towards one loss alone leaves out what does not lead to it; a one-hot cotangent for all of them
         # would pull zeros back through every other head.
@@ -110,6 +146,14 @@ def _pull_back_each(pushforward: Callable[..., Any], inputs: tuple[Any, ...], ou
     pullback = jax.linear_transpose(lambda *tangents: stack_losses(pushforward(*tangents)), *inputs)
     one_hots = jnp.eye(num_tasks, dtype=losses.dtype)
     return jax.vmap(pullback)(one_hots) if strategy == "vmap" else lax.map(pullback, one_hots)
+
+
+def _fastest(strategy: str, num_tasks: int) -> str:
+    if strategy != "auto":
+        return strategy
+    if jax.default_backend() != "cpu":
+        return "vmap"
+    return "unroll" if num_tasks <= _UNROLL else "loop"
 
 
 def stack_task_grads(task_grads: Sequence[chex.ArrayTree]) -> _base.TaskGrads:
