@@ -175,6 +175,16 @@ def map_layers(
     return mapped
 
 
+def leaf_gramian(leaf: jax.Array, metric: jax.Array | None, layers: int | None) -> jax.Array:
+    """The inner products of gradients `(T, *shape)`, `(T, T)`; or of each of their layers, `(layers, T, T)`."""
+
+    def products(grads: jax.Array, metric: jax.Array | None = None) -> jax.Array:
+        return _gramian.task_cross_gramian(grads, grads, metric)
+
+    leaves, axes = ([leaf], (1,)) if metric is None else ([leaf, metric], (1, 0))
+    return products(*leaves) if layers is None else map_layers(products, leaves, axes, layers)
+
+
 def gramians_of(task_grads: _base.TaskGrads, blocks: Blocks, metric: _base.Params | None = None) -> jax.Array:
     """The Gramian of each block, `(B, T, T)`; see `block_gramians`."""
     dtype = _base.accumulator_dtype(task_grads)

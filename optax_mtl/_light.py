@@ -1,132 +1,123 @@
-"""The light oracle: an exact balanced step in which the tasks' gradients never exist at once."""
+"""The light oracle: an exact balanced step in which the tasks' gradients never exist."""
 
 from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
 import jax
-from jax import lax, numpy as jnp
+from jax import numpy as jnp
 
-from optax_mtl import _base, _deferred, _oracles, _taps
+from optax_mtl import _base, _kept, _pullbacks, _taps
 
 
 def value_and_light_grads(
-    loss_fn: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+    loss_fn: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False, *, recompute: bool = True
 ) -> Callable[..., tuple[Any, _base.TaskGrads]]:
-    """As `value_and_task_grads`."""
+    """Losses and deferred gradients of all tasks: a balanced step, exact, in the memory of an ordinary one.
+
+    What comes in the place of the gradients is given to any weighting, in the same `jax.jit`, as the gradients would
+    be. The weighting asks for their Gramian, and only that is computed: on the way back through the network each layer
+    adds its inner products and forgets its gradients. Then it asks for their weighted sum, and that is one ordinary
+    backward pass. No more than one leaf's `T` gradients ever exist; and where `x @ w` has fewer rows in `x` than
+    columns (a batch smaller than the layer is wide), not even these: their inner products are `<D_i, (x x^T) D_j>`,
+    from the cotangents `D_i` of the product, and cost less than the gradients would.
+
+    So the memory is that of an ordinary step, with the cotangents of `T` tasks in one layer at a time, and the time one
+    forward pass, `T` backward passes, often without the parameters' part of them, and one backward pass more. Layers in
+    a `lax.scan` over stacked parameters, and what stands in `jax.checkpoint`, are done slice by slice.
+
+    Choose it where `T` times the parameters is too much, for deep scanned networks, for wide layers and batches that
+    are smaller; and `optax_mtl.split` the loss, or each head is pulled back for every task.
+
+    Args:
+      loss_fn: as for `value_and_task_grads`; or what `split` returned.
+      argnums: as for `value_and_task_grads`.
+      has_aux: as for `value_and_task_grads`.
+
+    Returns:
+      A function like that of `value_and_task_grads`, with deferred gradients: leaves that know the shape `(T, *shape)`
+      and can be given to weightings, alone or in `blockwise`, `shared_and_heads`, `update_every`, `optax.partition`,
+      and to nothing else (methods that act on the gradients themselves say so). The heads' gradients of a split loss
+      are arrays. `blockwise` pulls all tasks back a second time, for weights that differ from leaf to leaf.
+
+    Raises:
+      ValueError: as `value_and_task_grads` does; and for a split loss with `own_inputs`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_mtl as mtl
+      >>> def loss_fn(params, batch):
+      ...     y = jnp.tanh(batch["x"] @ params["w"]) @ params["v"]
+      ...     return jnp.mean((y - batch["y"]) ** 2, axis=0)
+      >>> params = {"w": jnp.ones((5, 4)), "v": jnp.ones((4, 2))}
+      >>> batch = {"x": jnp.eye(3, 5), "y": jnp.zeros((3, 2))}
+      >>> tx = optax.chain(mtl.upgrad(2), optax.adam(1e-3))
+      >>> @jax.jit
+      ... def step(params, opt_state, batch):
+      ...     losses, task_grads = mtl.value_and_light_grads(loss_fn)(params, batch)
+      ...     updates, opt_state = tx.update(task_grads, opt_state, params, losses=losses)
+      ...     return optax.apply_updates(params, updates), opt_state, losses
+      >>> params, opt_state, losses = step(params, tx.init(params), batch)
+
+    Note:
+      The taps are set by reading the program of `loss_fn` (its jaxpr). A parameter that is used in one place is followed
+      to it, through `jax.jit`, `jax.checkpoint` and `lax.scan`; one that is used in several, or in what cannot be looked
+      into (a `jax.custom_vjp`, `lax.cond`), is tapped before, and its `T` gradients exist for a moment.
+    """
 
     @functools.wraps(loss_fn)
     def value_and_light_grads_fn(*args: Any, **kwargs: Any) -> tuple[Any, _base.TaskGrads]:
-        inputs, losses_of = _oracles.differentiated(loss_fn, argnums, has_aux, args, kwargs)
-
-        def stacked_losses(*inputs: Any) -> tuple[jax.Array, Any]:
-            out, aux = losses_of(*inputs)
-            return _oracles.stack_losses(out), aux
-
-        source = _Light(stacked_losses, inputs)
-        grads = _deferred.defer(source, inputs, source.losses.shape[0])
-        value = (source.losses, source.aux) if has_aux else source.losses
-        return value, grads if isinstance(argnums, Sequence) else grads[0]
+        return _pullbacks.deferring(_Light if recompute else _kept.Kept, loss_fn, argnums, has_aux, args, kwargs)
 
     return value_and_light_grads_fn
 
 
-class _Light(_deferred.Source):
-    """The gradients of `function(*inputs)`, which returns losses `(T,)` and auxiliary data."""
+class _Light(_pullbacks.Pullbacks):
+    """Pullbacks whose Gramians are summed by taps on the way."""
 
-    def __init__(self, function: Callable[..., tuple[jax.Array, Any]], inputs: Any):
-        self._leaves, treedef = jax.tree.flatten(inputs)
-        self._program, (losses, aux) = jax.make_jaxpr(
-            lambda *leaves: function(*treedef.unflatten(leaves)), return_shape=True
-        )(*self._leaves)
-        self._aux_structure = jax.tree.structure(aux)
-        self._companions = jnp.zeros(losses.shape, _base.accumulator_dtype(self._leaves))
-        every = range(len(self._leaves))
+    def __init__(self, function: _pullbacks.Function, inputs: Any, num_tasks: int | None):
+        self.leaves, treedef = jax.tree.flatten(inputs)
+        self._program, shapes = jax.make_jaxpr(lambda *leaves: function(*treedef.unflatten(leaves)), return_shape=True)(
+            *self.leaves
+        )
+        self._structure = jax.tree.structure(shapes)
+        number = shapes[0].shape[0] if num_tasks is None else num_tasks
+        self._zeros = jnp.zeros(number, _base.accumulator_dtype(self.leaves))
+        # One forward pass for both: pulled back to the leaves it gives gradients, and to their companions Gramians.
+        every = range(len(self.leaves))
         run = functools.partial(self._run, _taps.GRAMIAN, every, None)
-        # One forward pass for both: the backward pass of the leaves is the ordinary one, and that of their companions,
-        # under `jax.vmap` over the tasks, tells the Gramians.
-        companions = [self._companions for _ in every]
-        self.losses, self._pullback, self.aux = jax.vjp(run, self._leaves, companions, has_aux=True)
+        self.out, self._vjp, self.aux = jax.vjp(run, self.leaves, [self._zeros for _ in every], has_aux=True)
 
     def _run(
         self,
-        contraction: _taps.Contraction,
+        taps: _taps.Taps,
         indices: Sequence[int],
         metrics: Sequence[jax.Array] | None,
         leaves: Sequence[jax.Array],
         companions: Sequence[jax.Array],
-    ) -> tuple[jax.Array, Any]:
-        values: list[Any] = list(self._leaves)
+    ) -> Any:
+        values: list[Any] = list(self.leaves)
         for k, index in enumerate(indices):
             values[index] = _taps.Tapped(leaves[k], companions[k], None if metrics is None else metrics[k])
-        losses, *aux = _taps.evaluate(self._program.jaxpr, self._program.consts, values, contraction)
-        return losses, self._aux_structure.unflatten(aux)
-
-    def _one_hots(self) -> jax.Array:
-        return jnp.eye(self.losses.shape[0], dtype=self.losses.dtype)
-
-    def gramian(self, indices: Sequence[int], metrics: Sequence[jax.Array] | None) -> jax.Array:
-        """See `Source`."""
-        return sum(self.leaf_gramians(indices, metrics, [None] * len(indices)))
+        return self._structure.unflatten(_taps.evaluate(self._program.jaxpr, self._program.consts, values, taps))
 
     def leaf_gramians(
         self, indices: Sequence[int], metrics: Sequence[jax.Array] | None, layers: Sequence[int | None]
     ) -> list[jax.Array]:
         """See `Source`."""
         if metrics is None and all(number is None for number in layers):
-            gramians = jax.vmap(lambda one: self._pullback(one)[1])(self._one_hots())
+            gramians = jax.vmap(lambda cotangent: self._vjp(cotangent)[1])(self._cotangents)
             return [gramians[i] for i in indices]
-        zeros = self._companions
+        zeros = self._zeros
         companions = [zeros if number is None else jnp.zeros((number, *zeros.shape), zeros.dtype) for number in layers]
-        leaves = [self._leaves[i] for i in indices]
-        _, pullback, _ = jax.vjp(
-            lambda companions: self._run(_taps.GRAMIAN, indices, metrics, leaves, companions), companions, has_aux=True
-        )
-        (gramians,) = jax.vmap(pullback)(self._one_hots())
+        leaves = [self.leaves[i] for i in indices]
+        run = functools.partial(self._run, _taps.GRAMIAN, indices, metrics, leaves)
+        _, vjp, _ = jax.vjp(run, companions, has_aux=True)
+        (gramians,) = jax.vmap(vjp)(self._cotangents)
         return [rows if rows.ndim == 2 else jnp.swapaxes(rows, 0, 1) for rows in gramians]
 
-    def combine(self, weights: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
-        """See `Source`."""
-
-        def pull_back(cotangent: jax.Array) -> list[jax.Array]:
-            grads = self._pullback(cotangent)[0]
-            return [grads[i] for i in indices]
-
-        return combine_once(pull_back, weights.astype(self.losses.dtype))
-
     def combine_each(self, weights: Sequence[jax.Array], indices: Sequence[int]) -> list[jax.Array]:
-        """See `Source`."""
-        weights = [each.astype(self._companions.dtype) for each in weights]
-        _, pullback, _ = jax.vjp(
-            lambda leaves: self._run(_taps.COMBINATION, indices, None, leaves, weights),
-            [self._leaves[i] for i in indices],
-            has_aux=True,
-        )
-        return jax.vmap(lambda one: pullback(one)[0], out_axes=None)(self._one_hots())
-
-
-def combine_once(pull_back: Callable[[jax.Array], list[jax.Array]], weights: jax.Array) -> list[jax.Array]:
-    """`pull_back(weights)`, which is linear; but a task of weight zero adds nothing even where it is not finite.
-
-    Zero times the infinite derivative of such a task is not a number. If that has happened, the tasks are pulled back
-    one after another and summed without it, in a loop that goes around once otherwise: so the backward pass is in the
-    program a single time, and under `jax.vmap` done a second time only if there is need.
-    """
-    num_tasks = weights.shape[0]
-
-    def go_on(state: tuple[jax.Array, jax.Array, list[jax.Array]]) -> jax.Array:
-        task, finite, _ = state
-        return (task < 0) | (~finite & (task < num_tasks))
-
-    def step(state: tuple[jax.Array, jax.Array, list[jax.Array]]) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-        task, finite, total = state
-        together = task < 0
-        chosen = together | (jnp.arange(num_tasks) == task)
-        grads = pull_back(jnp.where(chosen, weights, 0))
-        taken = together | jnp.any(chosen & (weights != 0))
-        total = [jnp.where(task > 0, t, 0) + jnp.where(taken, g, 0) for t, g in zip(total, grads, strict=True)]
-        finite = jnp.where(together, jnp.all(jnp.stack([jnp.all(jnp.isfinite(t)) for t in total])), finite)
-        return task + 1, finite, total
-
-    zeros = [jnp.zeros(g.shape, g.dtype) for g in jax.eval_shape(pull_back, weights)]
-    return lax.while_loop(go_on, step, (jnp.array(-1), jnp.array(True), zeros))[2]
+        """See `Source`. Each leaf's own sum is taken as all tasks' cotangents pass."""
+        companions = [each.astype(self._zeros.dtype) for each in weights]
+        run = functools.partial(self._run, _taps.COMBINATION, indices, None)
+        _, vjp, _ = jax.vjp(lambda leaves: run(leaves, companions), [self.leaves[i] for i in indices], has_aux=True)
+        return jax.vmap(lambda cotangent: vjp(cotangent)[0], out_axes=None)(self._cotangents)

@@ -8,6 +8,7 @@ from typing import Any
 import chex
 import jax
 from jax import lax, numpy as jnp
+from jax.extend import core
 
 from optax_mtl import _base, _split
 
@@ -36,7 +37,8 @@ def value_and_task_grads(
       strategy: how the `T` pullbacks run, all in one program. `"unroll"`: one after another, written out; of losses
         given as a pytree, each is pulled back through its own head only. `"loop"`: one after another in a `lax` loop;
         the least memory and compile time, but every head is pulled back for every task. `"vmap"`: at once, batched.
-        `"auto"`: on CPU, where `"vmap"` is slower, `"unroll"` up to 16 tasks and then `"loop"`; elsewhere `"vmap"`.
+        `"auto"`: `"vmap"`, but on CPU, where it is slower unless there are loops in the program, `"unroll"` up to 16
+        tasks and then `"loop"`.
 
     Returns:
       A function of `loss_fn`'s arguments that returns `(losses, task_grads)`, or `((losses, aux), task_grads)`:
@@ -74,22 +76,22 @@ def value_and_task_grads(
 def _split_value_and_task_grads(
     loss_fn: _split.Split, has_aux: bool, strategy: str, params: Any, batch: Any
 ) -> tuple[Any, _base.TaskGrads]:
-    loss_fn.check(params)
-    _check_differentiable((params,))
+    check_split_parameters(loss_fn, params)
     if loss_fn.own_inputs:
-        parts, trunk_grads = loss_fn.with_own_inputs(params, batch, has_aux)
-        stacked = stack_task_grads(trunk_grads)
+        parts = loss_fn.with_own_inputs(params, batch, has_aux)
+        stacked = parts.cotangents
     else:
         features, pullback = jax.vjp(lambda trunk: loss_fn.trunk(trunk, batch), params["trunk"])
         parts = loss_fn.through_heads(features, params, batch, has_aux)
-        how = _fastest(strategy, loss_fn.num_tasks)
-        if how == "unroll":
-            stacked = stack_task_grads([pullback(cotangent)[0] for cotangent in parts.cotangents])
-        else:
-            cotangents = stack_task_grads(parts.cotangents)
-            (stacked,) = jax.vmap(pullback)(cotangents) if how == "vmap" else lax.map(pullback, cotangents)
+        (stacked,) = pull_back_all(pullback, parts.cotangents, strategy)
     grads = {"trunk": stacked, "heads": jax.tree.map(lambda g: g[None], parts.head_grads)}
     return (parts.losses, parts.aux) if has_aux else parts.losses, grads
+
+
+def check_split_parameters(loss_fn: _split.Split, params: Any) -> None:
+    """Raises `ValueError` unless `params` are those of the split loss, and floating-point arrays."""
+    loss_fn.check(params)
+    _check_differentiable((params,))
 
 
 def check_split_arguments(argnums: int | Sequence[int]) -> None:
@@ -128,32 +130,52 @@ def differentiated(
 def _pull_back_each(pushforward: Callable[..., Any], inputs: tuple[Any, ...], out: Any, strategy: str) -> Any:
     """The gradients of all losses, stacked; `pushforward` is linear from tangents of `inputs` to tangents of `out`."""
     losses = jax.eval_shape(stack_losses, out)
-    num_tasks = losses.shape[0]
-    strategy = _fastest(strategy, num_tasks)
-    if strategy == "unroll":
-        # Transposing towards one loss alone leaves out what does not lead to it; a one-hot cotangent for all of them
-        # would pull zeros back through every other head.
-        def pull_back(task: int) -> Any:
-            def loss_tangent(*tangents: Any) -> jax.Array:
-                leaves = jax.tree.leaves(pushforward(*tangents))
-                return leaves[task] if jnp.ndim(leaves[0]) == 0 else leaves[0][task]
-
-            one = jnp.ones((), jax.eval_shape(loss_tangent, *inputs).dtype)
-            return jax.linear_transpose(loss_tangent, *inputs)(one)
-
-        return stack_task_grads([pull_back(task) for task in range(num_tasks)])
-
     pullback = jax.linear_transpose(lambda *tangents: stack_losses(pushforward(*tangents)), *inputs)
-    one_hots = jnp.eye(num_tasks, dtype=losses.dtype)
-    return jax.vmap(pullback)(one_hots) if strategy == "vmap" else lax.map(pullback, one_hots)
+    one_hots = jnp.eye(losses.shape[0], dtype=losses.dtype)
+    if _fastest(strategy, pullback, one_hots) != "unroll" or jax.tree.leaves(out)[0].ndim == 1:
+        return pull_back_all(pullback, one_hots, strategy)
+
+    # Transposing towards one loss alone leaves out what does not lead to it; a one-hot cotangent for all of them would
+    # pull zeros back through every other head.
+    def pull_back(task: int) -> Any:
+        def loss_tangent(*tangents: Any) -> jax.Array:
+            return jax.tree.leaves(pushforward(*tangents))[task]
+
+        one = jnp.ones((), jax.eval_shape(loss_tangent, *inputs).dtype)
+        return jax.linear_transpose(loss_tangent, *inputs)(one)
+
+    return stack_task_grads([pull_back(task) for task in range(losses.shape[0])])
 
 
-def _fastest(strategy: str, num_tasks: int) -> str:
+def pull_back_all(pullback: Callable[[Any], Any], cotangents: Any, strategy: str = "auto") -> Any:
+    """What `pullback` makes of each of the cotangents, leaves `(T, ...)`, stacked in the same way."""
+    strategy = _fastest(strategy, pullback, cotangents)
+    if strategy == "vmap":
+        return jax.vmap(pullback)(cotangents)
+    if strategy == "loop":
+        return lax.map(pullback, cotangents)
+    num_tasks = jax.tree.leaves(cotangents)[0].shape[0]
+    return stack_task_grads([pullback(jax.tree.map(lambda leaf: leaf[i], cotangents)) for i in range(num_tasks)])
+
+
+def _fastest(strategy: str, pullback: Callable[[Any], Any], cotangents: Any) -> str:
     if strategy != "auto":
         return strategy
     if jax.default_backend() != "cpu":
         return "vmap"
-    return "unroll" if num_tasks <= _UNROLL else "loop"
+    # On a CPU large products are slower in a batch. But in a loop the products are small, and its iterations expensive.
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), cotangents)
+    if _has_loop(jax.make_jaxpr(pullback)(one).jaxpr):
+        return "vmap"
+    return "unroll" if jax.tree.leaves(cotangents)[0].shape[0] <= _UNROLL else "loop"
+
+
+def _has_loop(jaxpr: core.Jaxpr) -> bool:
+    for eqn in jaxpr.eqns:
+        inner = eqn.params.get("jaxpr")
+        if eqn.primitive.name in ("scan", "while") or (inner is not None and _has_loop(getattr(inner, "jaxpr", inner))):
+            return True
+    return False
 
 
 def stack_task_grads(task_grads: Sequence[chex.ArrayTree]) -> _base.TaskGrads:

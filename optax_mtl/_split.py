@@ -17,13 +17,13 @@ class Parts(NamedTuple):
     Attributes:
       losses: `(T,)`.
       aux: what the heads returned beside their losses, in the structure of the heads; None if nothing.
-      cotangents: the losses' gradients with respect to the features, one tree a task.
+      cotangents: the losses' gradients with respect to the features, leaves `(T, ...)`.
       head_grads: each head's own gradient, in the structure of the heads.
     """
 
     losses: jax.Array
     aux: Any
-    cotangents: list[Any]
+    cotangents: Any
     head_grads: Any
 
 
@@ -99,8 +99,8 @@ class Split:
             results.append(value_and_grads(head_params, features, own))
         return self._collect(results, has_aux)
 
-    def with_own_inputs(self, params: Any, batch: Any, has_aux: bool) -> tuple[Parts, list[Any]]:
-        """Each task's trunk and head, forward and backward, on its own batch; and the trunk's gradients, a tree a task."""
+    def with_own_inputs(self, params: Any, batch: Any, has_aux: bool) -> Parts:
+        """Each task's trunk and head, forward and backward, on its own batch; the cotangents are the trunk's gradients."""
         results = []
         for head, head_params, own in self.each(params, batch):
 
@@ -109,8 +109,7 @@ class Split:
 
             value_and_grads = jax.value_and_grad(task, argnums=(0, 1), has_aux=has_aux)
             results.append(value_and_grads(head_params, params["trunk"]))
-        parts = self._collect(results, has_aux)
-        return parts._replace(cotangents=[]), parts.cotangents
+        return self._collect(results, has_aux)
 
     def _collect(self, results: list[Any], has_aux: bool) -> Parts:
         values, grads = zip(*results, strict=True)
@@ -120,7 +119,7 @@ class Split:
         return Parts(
             jnp.stack([loss.astype(dtype) for loss in losses]),
             None if auxes is None else self.unflatten(auxes),
-            list(cotangents),
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *cotangents),
             self.unflatten(head_grads),
         )
 

@@ -1,4 +1,4 @@
-"""Programs whose parameters are tapped: differentiated for all tasks at once, each gives what is wanted of its gradients.
+"""Programs whose parameters are tapped: what is wanted of their gradients comes out, and not the gradients.
 
 Under `jax.vmap` over the tasks' cotangents, the cotangent of a parameter is the stack of its `T` gradients. A tap is an
 identity that a parameter passes on its way to where it is used; on the way back it sees that stack, contracts it, and
@@ -20,14 +20,14 @@ gradients are sums over all.
 from collections import Counter
 from collections.abc import Callable, Sequence
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import lax, numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.extend import core
 
-from optax_mtl import _base, _blocks, _gramian
+from optax_mtl import _blocks, _gramian
 
 
 class Tapped(NamedTuple):
@@ -45,34 +45,52 @@ class Tapped(NamedTuple):
 
     @property
     def layered(self) -> bool:
-        return self.companion.ndim == 2
+        """Whether each layer along the first axis has a companion of its own."""
+        return jnp.ndim(self.companion) == 2
 
 
-class Contraction(NamedTuple):
-    """What taps make of the gradients that pass.
+class Product(NamedTuple):
+    """The product of activations with a parameter, of `N` rows in `K` columns with `K` columns of `O` outputs.
 
     Attributes:
-      gradient: from one task's cotangent of a value, the companion and the metric to the cotangents of value and
-        companion; under `jax.vmap` over the tasks it sees them all.
-      product: the same for `x @ w`, from its cotangent, `x` as `(N, K)`, the cotangent as `(N, O)`, and the companion
-        of `w`; what it returns first is pulled back to `w`.
-      pays: whether to use `product`, for `T`, `N`, `K` and `O`, and not `gradient` of `w`.
+      multiply: from activations and parameter to the product, each in its own layout.
+      x_rows: from the activations to `(N, K)`.
+      result_rows: from the product, or a cotangent of it, to `(N, O)`.
+      shape: `(N, K, O)`.
     """
 
-    gradient: Callable[[jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]]
-    product: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
-    pays: Callable[[int, int, int, int], bool]
+    multiply: Callable[[jax.Array, jax.Array], jax.Array]
+    x_rows: Callable[[jax.Array], jax.Array]
+    result_rows: Callable[[jax.Array], jax.Array]
+    shape: tuple[int, int, int]
 
 
-def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], contraction: Contraction) -> list[Any]:
-    """Evaluates `jaxpr`, some of whose `args` are `Tapped`, with taps that contract gradients so."""
+class Taps(Protocol):
+    """What is done where parameters are used.
+
+    Attributes:
+      follow: whether parameters are followed into loops and rematerialised functions, and where they are rearranged or
+        in another dtype.
+    """
+
+    follow: bool
+
+    def tap(self, tapped: Tapped) -> jax.Array:
+        """The value, as any equation is given it."""
+
+    def multiply(self, product: Product, x: jax.Array, tapped: Tapped) -> jax.Array | None:
+        """The product of `x` with the value; or None if it is to be tapped before."""
+
+
+def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], taps: Taps) -> list[Any]:
+    """Evaluates `jaxpr`, some of whose `args` are `Tapped`."""
     uses = Counter(var for eqn in jaxpr.eqns for var in eqn.invars if not isinstance(var, core.Literal))
     uses.update(var for var in jaxpr.outvars if not isinstance(var, core.Literal))
     values: dict[Any, Any] = {}
 
     def write(variables: Sequence[Any], new: Sequence[Any]) -> None:
         for var, value in zip(variables, new, strict=True):
-            values[var] = _tap(value, contraction) if uses[var] > 1 else value
+            values[var] = _tap(value, taps) if uses[var] > 1 else value
 
     def read(var: Any) -> Any:
         return var.val if isinstance(var, core.Literal) else values[var]
@@ -83,11 +101,11 @@ def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], cont
         operands = [read(var) for var in eqn.invars]
         results = None
         if any(isinstance(operand, Tapped) for operand in operands) and eqn.primitive.name in _RULES:
-            results = _RULES[eqn.primitive.name](eqn, operands, contraction)
+            results = _RULES[eqn.primitive.name](eqn, operands, taps)
         if results is None:
-            results = _bind(eqn, [_tap(operand, contraction) for operand in operands])
+            results = _bind(eqn, [_tap(operand, taps) for operand in operands])
         write(eqn.outvars, results)
-    return [_tap(read(var), contraction) for var in jaxpr.outvars]
+    return [_tap(read(var), taps) for var in jaxpr.outvars]
 
 
 def _bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -97,47 +115,37 @@ def _bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*(x for _, x in variables))
 
 
-def _tap(value: Any, contraction: Contraction) -> Any:
-    """The value of a `Tapped`, whose tap is set here; anything else as it is."""
-    if not isinstance(value, Tapped):
-        return value
-
-    @jax.custom_vjp
-    def tap(value: jax.Array, companion: jax.Array, metric: jax.Array | None) -> jax.Array:
-        return value
-
-    def forward(value: jax.Array, companion: jax.Array, metric: jax.Array | None) -> Any:
-        return value, (companion, metric)
-
-    def backward(residuals: Any, cotangent: jax.Array) -> Any:
-        return *contraction.gradient(cotangent, *residuals), None
-
-    tap.defvjp(forward, backward)
-    return tap(*value)
+def _tap(value: Any, taps: Taps) -> Any:
+    return taps.tap(value) if isinstance(value, Tapped) else value
 
 
 # -- Where a parameter may go ----------------------------------------------------------------------------------------
 # Each rule returns the results of an equation, or None if the parameters among its operands are to be tapped before.
 
 
-def _into_call(eqn: core.JaxprEqn, operands: Sequence[Any], contraction: Contraction) -> list[Any]:
+def _into_call(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[Any]:
     closed = eqn.params["jaxpr"]
-    return evaluate(closed.jaxpr, closed.consts, operands, contraction)
+    return evaluate(closed.jaxpr, closed.consts, operands, taps)
 
 
-def _into_checkpoint(eqn: core.JaxprEqn, operands: Sequence[Any], contraction: Contraction) -> list[Any]:
+def _into_checkpoint(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[Any] | None:
+    if not taps.follow:
+        return None
+
     def function(*operands: Any) -> list[Any]:
-        return evaluate(eqn.params["jaxpr"], (), operands, contraction)
+        return evaluate(eqn.params["jaxpr"], (), operands, taps)
 
     return jax.checkpoint(function, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*operands)
 
 
-def _into_scan(eqn: core.JaxprEqn, operands: Sequence[Any], contraction: Contraction) -> list[Any]:
+def _into_scan(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[Any] | None:
+    if not taps.follow:
+        return None
     # What is the same in all iterations is used several times; slices are used once each, and share a companion,
     # whose cotangent is summed over them, unless they are layers with one each.
     closed, num_consts = eqn.params["jaxpr"], eqn.params["num_consts"]
     first = num_consts + eqn.params["num_carry"]
-    start = [_tap(operand, contraction) for operand in operands[:first]]
+    start = [_tap(operand, taps) for operand in operands[:first]]
     shared = [x.companion if isinstance(x, Tapped) and not x.layered else None for x in operands[first:]]
     scanned = [
         x if companion is None else x._replace(companion=None)
@@ -149,64 +157,50 @@ def _into_scan(eqn: core.JaxprEqn, operands: Sequence[Any], contraction: Contrac
             x if companion is None else x._replace(companion=companion)
             for x, companion in zip(slices, shared, strict=True)
         ]
-        results = evaluate(closed.jaxpr, closed.consts, [*start[:num_consts], *carry, *slices], contraction)
+        results = evaluate(closed.jaxpr, closed.consts, [*start[:num_consts], *carry, *slices], taps)
         return results[: len(carry)], results[len(carry) :]
 
-    static = {name: eqn.params[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in eqn.params}
+    static = {
+        name: eqn.params[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in eqn.params
+    }
     carry, stacked = lax.scan(step, start[num_consts:], scanned, **static)
     return [*carry, *stacked]
 
 
-def _elementwise(eqn: core.JaxprEqn, operands: Sequence[Any], contraction: Contraction) -> list[Any] | None:
+def _elementwise(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[Any] | None:
     (tapped,) = operands
     dtype = eqn.outvars[0].aval.dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not taps.follow or not jnp.issubdtype(dtype, jnp.floating):
         return None
     return [tapped._replace(value=_bind(eqn, [tapped.value])[0])]
 
 
-def _rearranged(eqn: core.JaxprEqn, operands: Sequence[Any], contraction: Contraction) -> list[Any] | None:
+def _rearranged(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[Any] | None:
     (tapped,) = operands
-    if tapped.layered or tapped.metric is not None:
+    if not taps.follow or tapped.layered or tapped.metric is not None:
         return None
     return [tapped._replace(value=_bind(eqn, [tapped.value])[0])]
 
 
-def _product(eqn: core.JaxprEqn, operands: Sequence[Any], contraction: Contraction) -> list[Any] | None:
+def _product(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[Any] | None:
     contracted, batched = eqn.params["dimension_numbers"]
     side = 0 if isinstance(operands[0], Tapped) else 1
     tapped, x = operands[side], operands[1 - side]
-    if isinstance(x, Tapped) or tapped.layered or tapped.metric is not None or batched[0]:
+    if isinstance(x, Tapped) or batched[0] or tapped.metric is not None or tapped.layered:
         return None
-    x_axes, w_axes = contracted[1 - side], contracted[side]
+    x_axes = contracted[1 - side]
     columns = math.prod(x.shape[axis] for axis in x_axes)
     rows = math.prod(x.shape) // max(columns, 1)
     outputs = math.prod(tapped.value.shape) // max(columns, 1)
-    if not contraction.pays(tapped.companion.shape[0], rows, columns, outputs):
-        return None
-
-    def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _bind(eqn, [w, x] if side == 0 else [x, w])[0]
-
-    @jax.custom_vjp
-    def product(x: jax.Array, w: jax.Array, companion: jax.Array) -> jax.Array:
-        return multiply(x, w)
-
-    def forward(x: jax.Array, w: jax.Array, companion: jax.Array) -> Any:
-        return multiply(x, w), (x, w, companion)
-
-    def backward(residuals: Any, cotangent: jax.Array) -> Any:
-        x, w, companion = residuals
-        free = [axis for axis in range(x.ndim) if axis not in x_axes]
-        x_rows = jnp.transpose(x, (*free, *x_axes)).reshape(rows, columns)
-        d_rows = cotangent.reshape(outputs, rows).T if side == 0 else cotangent.reshape(rows, outputs)
-        towards_w, of_companion = contraction.product(cotangent, x_rows, d_rows, companion)
-        (of_x,) = jax.linear_transpose(lambda x: multiply(x, w), x)(cotangent)
-        (of_w,) = jax.linear_transpose(lambda w: multiply(x, w), w)(towards_w)
-        return of_x, of_w, of_companion
-
-    product.defvjp(forward, backward)
-    return [product(x, tapped.value, tapped.companion)]
+    free = [axis for axis in range(x.ndim) if axis not in x_axes]
+    product = Product(
+        lambda x, w: _bind(eqn, [w, x] if side == 0 else [x, w])[0],
+        lambda x: jnp.transpose(x, (*free, *x_axes)).reshape(rows, columns),
+        lambda y: y.reshape(outputs, rows).T if side == 0 else y.reshape(rows, outputs),
+        (rows, columns, outputs),
+    )
+    result = taps.multiply(product, x, tapped)
+    return None if result is None else [result]
 
 
 _RULES: dict[str, Callable[..., list[Any] | None]] = {
@@ -224,7 +218,7 @@ _RULES: dict[str, Callable[..., list[Any] | None]] = {
 }
 
 
-# -- Two contractions ------------------------------------------------------------------------------------------------
+# -- Two kinds of taps ------------------------------------------------------------------------------------------------
 
 
 def _at_all_tasks(one: Callable[..., Any], all_tasks: Callable[..., tuple[Any, bool]]) -> Callable[..., Any]:
@@ -247,27 +241,23 @@ def _row(cotangent: jax.Array, companion: jax.Array, *others: jax.Array) -> jax.
     return jnp.zeros_like(companion)  # a task's row of the Gramian: it takes all tasks to tell
 
 
-def _gradient_rows(
-    stack: jax.Array, companion: jax.Array, metric: jax.Array | None = None
-) -> tuple[jax.Array, bool]:
-    dtype = companion.dtype
-
-    def products(grads: jax.Array, metric: jax.Array | None = None) -> jax.Array:
-        return _gramian.task_cross_gramian(grads, grads, metric).astype(dtype)
-
-    if companion.ndim == 1:
-        return products(stack, metric), True
-    arrays, axes = ([stack], (1,)) if metric is None else ([stack, metric], (1, 0))
-    return jnp.swapaxes(_blocks.map_layers(products, arrays, axes, companion.shape[0]), 0, 1), True
+def _gradient_rows(stack: jax.Array, companion: jax.Array, metric: jax.Array | None = None) -> tuple[jax.Array, bool]:
+    layers = None if companion.ndim == 1 else companion.shape[0]
+    gramian = _blocks.leaf_gramian(stack, metric, layers).astype(companion.dtype)
+    return gramian if layers is None else jnp.swapaxes(gramian, 0, 1), True
 
 
 def _product_rows(stack: jax.Array, companion: jax.Array, x: jax.Array) -> tuple[jax.Array, bool]:
-    dtype = companion.dtype
+    return product_gramian(stack, x, companion.dtype), True
+
+
+def product_gramian(cotangents: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+    """The Gramian `(T, T)` of the gradients `x.T @ D_i`, from `D` `(T, N, O)` and `x` `(N, K)`."""
     between = jnp.matmul(x, x.T, precision="highest", preferred_element_type=dtype)
-    stack = stack.astype(dtype)
+    cotangents = cotangents.astype(dtype)
     # As a batch of products: with the tasks among the columns, the result would have to be transposed.
-    batch = jnp.broadcast_to(between, (stack.shape[0], *between.shape))
-    return _gramian.task_cross_gramian(stack, jnp.matmul(batch, stack, precision="highest")), True
+    batch = jnp.broadcast_to(between, (cotangents.shape[0], *between.shape))
+    return _gramian.task_cross_gramian(cotangents, jnp.matmul(batch, cotangents, precision="highest"))
 
 
 def _combined(stack: jax.Array, weights: jax.Array) -> tuple[jax.Array, bool]:
@@ -279,25 +269,84 @@ _product_row = _at_all_tasks(_row, _product_rows)
 _combination = _at_all_tasks(lambda cotangent, weights: cotangent, _combined)
 
 
-def _less_work(num_tasks: int, rows: int, columns: int, outputs: int) -> bool:
+def less_work(num_tasks: int, product: Product) -> bool:
     """Whether multiply-adds of `D_i (x x.T) D_j` are fewer than those of `x.T D_i` and their inner products."""
+    rows, columns, outputs = product.shape
     through_rows = rows * rows * (columns + num_tasks * outputs) + num_tasks**2 * rows * outputs
     return through_rows < num_tasks * (rows + num_tasks) * columns * outputs
 
 
+class _VjpTaps:
+    """Taps that are told of the cotangents that pass.
+
+    Args:
+      gradient: from one task's cotangent of a value, the companion and the metric to the cotangents of value and
+        companion; under `jax.vmap` over the tasks it sees them all.
+      product: the same for a product, from its cotangent, that in rows, the companion, and `x` in rows; what it returns
+        first is pulled back to the parameter.
+      pays: whether to use `product`, for `T` and a product, and not `gradient` of the parameter.
+    """
+
+    follow = True
+
+    def __init__(self, gradient: Callable[..., Any], product: Callable[..., Any], pays: Callable[[int, Product], bool]):
+        self._gradient = gradient
+        self._product = product
+        self._pays = pays
+
+    def tap(self, tapped: Tapped) -> jax.Array:
+        """See `Taps`."""
+
+        @jax.custom_vjp
+        def identity(value: jax.Array, companion: jax.Array, metric: jax.Array | None) -> jax.Array:
+            return value
+
+        def forward(value: jax.Array, companion: jax.Array, metric: jax.Array | None) -> Any:
+            return value, (companion, metric)
+
+        def backward(residuals: Any, cotangent: jax.Array) -> Any:
+            return *self._gradient(cotangent, *residuals), None
+
+        identity.defvjp(forward, backward)
+        return identity(*tapped)
+
+    def multiply(self, product: Product, x: jax.Array, tapped: Tapped) -> jax.Array | None:
+        """See `Taps`."""
+        if not self._pays(tapped.companion.shape[0], product):
+            return None
+
+        @jax.custom_vjp
+        def multiply(x: jax.Array, w: jax.Array, companion: jax.Array) -> jax.Array:
+            return product.multiply(x, w)
+
+        def forward(x: jax.Array, w: jax.Array, companion: jax.Array) -> Any:
+            return product.multiply(x, w), (x, w, companion)
+
+        def backward(residuals: Any, cotangent: jax.Array) -> Any:
+            x, w, companion = residuals
+            rows = product.result_rows(cotangent)
+            towards_w, of_companion = self._product(cotangent, rows, companion, product.x_rows(x))
+            (of_x,) = jax.linear_transpose(lambda x: product.multiply(x, w), x)(cotangent)
+            (of_w,) = jax.linear_transpose(lambda w: product.multiply(x, w), w)(towards_w)
+            return of_x, of_w, of_companion
+
+        multiply.defvjp(forward, backward)
+        return multiply(x, tapped.value, tapped.companion)
+
+
 # The cotangent of a companion, `(T,)` of zeros, is a row of the Gramian; that of a value is its gradient.
-GRAMIAN = Contraction(
+GRAMIAN = _VjpTaps(
     gradient=lambda d, companion, metric: (
         d,
         _gradient_row(d, companion) if metric is None else _gradient_row(d, companion, metric),
     ),
-    product=lambda d, x_rows, d_rows, companion: (d, _product_row(d_rows, companion, x_rows)),
-    pays=_less_work,
+    product=lambda d, d_rows, companion, x_rows: (d, _product_row(d_rows, companion, x_rows)),
+    pays=less_work,
 )
 
 # The cotangent of a value is its gradients' sum with weights, its companion; it is the same for all tasks.
-COMBINATION = Contraction(
+COMBINATION = _VjpTaps(
     gradient=lambda d, weights, metric: (_combination(d, weights), None),
-    product=lambda d, x_rows, d_rows, weights: (_combination(d, weights), None),
-    pays=lambda *sizes: True,
+    product=lambda d, d_rows, weights, x_rows: (_combination(d, weights), None),
+    pays=lambda num_tasks, product: True,
 )
