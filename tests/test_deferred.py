@@ -448,3 +448,36 @@ def test_a_split_loss_says_what_its_parameters_are():
         mtl.value_and_task_grads(loss_fn, argnums=1)
     with pytest.raises(ValueError, match="needs a function for each task's head"):
         mtl.split(trunk, [])
+
+
+# -- XLA -------------------------------------------------------------------------------------------------------------
+
+
+@EXACT
+def test_a_batch_of_normalisations(oracle):
+    """4096 rows for all tasks together, which one release of XLA gets wrong, and without its flag is warned of."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1024, 32)), jnp.float32)
+    readouts = jnp.asarray(rng.standard_normal((32, 4)), jnp.float32)
+
+    def loss_fn(w, x):
+        y = x @ w
+        y = y * lax.rsqrt(jnp.mean(y**2, axis=1, keepdims=True) + 1e-5)
+        return jnp.mean(jnp.tanh(y @ readouts), axis=0)
+
+    w = jnp.asarray(rng.standard_normal((32, 32)), jnp.float32)
+    gramian = lambda way: jax.jit(lambda w: mtl.task_gramian(way(loss_fn)(w, x)[1]))(w)
+    assert_close(gramian(oracle), gramian(functools.partial(mtl.value_and_task_grads, strategy="unroll")))
+
+
+def test_the_release_that_gets_batches_wrong_is_warned_of(monkeypatch):
+    loss_fn = lambda w: lax.scan(lambda z, p: (jnp.tanh(z * p), None), jnp.ones(2), w)[0]
+    monkeypatch.setattr("jaxlib.__version__", "0.10.2")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    with pytest.warns(UserWarning, match="value_and_light_grads pulls the tasks back in a batch, and jaxlib 0.10.2"):
+        LIGHT(loss_fn)(jnp.ones(3))
+    with pytest.warns(UserWarning, match=re.escape('strategy="vmap" pulls the tasks back')):
+        mtl.value_and_task_grads(loss_fn, strategy="vmap")(jnp.ones(3))
+    mtl.value_and_task_grads(loss_fn)(jnp.ones(3))  # not in a batch, then
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-reduce")
+    LIGHT(loss_fn)(jnp.ones(3))
