@@ -5,7 +5,7 @@ import os
 import pathlib
 import platform
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ def interleaved(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
             done = jax.block_until_ready(way())
             elapsed = time.perf_counter() - start
             seconds[name].append(float(done) if isinstance(done, Seconds) else elapsed)
+            del done  # or the next way would pay for giving its memory back
     return {name: taken[_WARM_UP:] for name, taken in seconds.items()}
 
 
@@ -42,34 +43,35 @@ def ratio(taken: list[float], floor: list[float]) -> float:
     return float(np.median(taken) / np.median(floor))
 
 
-class Program(NamedTuple):
-    """A compiled program, and what of it does not vary from run to run.
+class Program:
+    """A function compiled for what it is given, and what of it does not vary from run to run.
 
     Attributes:
-      run: the program.
-      compile_seconds: tracing, lowering and compiling.
+      compile_seconds: tracing, lowering and compiling, with nothing remembered from other programs.
       temporary_bytes: what it allocates beside its arguments and results; None where the platform does not tell.
       flops: floating-point operations as XLA counts them (the body of a loop once); None where it does not tell.
+      traces: how often the function has been traced, so far.
     """
 
-    run: Callable[..., Any]
-    compile_seconds: float
-    temporary_bytes: int | None
-    flops: float | None
+    def __init__(self, function: Callable[..., Any], *given: Any) -> None:
+        self.traces = 0
 
+        def counted(*given: Any) -> Any:
+            self.traces += 1
+            return function(*given)
 
-def compiled(function: Callable[..., Any], *given: Any) -> Program:
-    """Compiles `function` for what it is given."""
-    start = time.perf_counter()
-    program = jax.jit(function).lower(*given).compile()
-    seconds = time.perf_counter() - start
-    memory, cost = program.memory_analysis(), program.cost_analysis()
-    return Program(
-        run=program,
-        compile_seconds=seconds,
-        temporary_bytes=None if memory is None else int(memory.temp_size_in_bytes),
-        flops=None if not cost else float(cost.get("flops", np.nan)),
-    )
+        self._jitted = jax.jit(counted)
+        jax.clear_caches()
+        start = time.perf_counter()
+        program = self._jitted.lower(*given).compile()
+        self.compile_seconds = time.perf_counter() - start
+        memory, cost = program.memory_analysis(), program.cost_analysis()
+        self.temporary_bytes = None if memory is None else int(memory.temp_size_in_bytes)
+        self.flops = None if not cost or "flops" not in cost else float(cost["flops"])
+
+    def __call__(self, *given: Any) -> Any:
+        """Runs it, as `jax.jit` would."""
+        return self._jitted(*given)
 
 
 def machine() -> dict[str, Any]:
