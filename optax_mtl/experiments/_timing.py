@@ -47,7 +47,7 @@ class Program:
     """A function compiled for what it is given, and what of it does not vary from run to run.
 
     Attributes:
-      compile_seconds: tracing, lowering and compiling, with nothing remembered from other programs.
+      compile_seconds: tracing, lowering and compiling.
       temporary_bytes: what it allocates beside its arguments and results; None where the platform does not tell.
       flops: floating-point operations as XLA counts them (the body of a loop once); None where it does not tell.
       traces: how often the function has been traced, so far.
@@ -61,7 +61,6 @@ class Program:
             return function(*given)
 
         self._jitted = jax.jit(counted)
-        jax.clear_caches()
         start = time.perf_counter()
         program = self._jitted.lower(*given).compile()
         self.compile_seconds = time.perf_counter() - start
