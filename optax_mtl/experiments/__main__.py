@@ -1,4 +1,4 @@
-"""The command line: `optax-mtl compare` and `optax-mtl leaves`, or `python -m optax_mtl.experiments compare`."""
+"""The command line: `optax-mtl compare`, `leaves` and `speed`, or `python -m optax_mtl.experiments compare`."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -9,6 +9,7 @@ import itertools
 import math
 import pathlib
 import shlex
+import shutil
 import sys
 from typing import Any, NoReturn, TypeVar
 
@@ -100,6 +101,12 @@ def _rate(text: str) -> float:
     raise argparse.ArgumentTypeError(f"wanted a number above 0, found {text!r}")
 
 
+def _interpreter(text: str) -> str:
+    if shutil.which(text) is None:
+        raise argparse.ArgumentTypeError(f"wanted a Python interpreter, found {text!r}")
+    return text
+
+
 def _parser(prog: str) -> _Parser:
     parser = _Parser(prog=prog, description="Experiments with optax_mtl's methods.")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_Parser)
@@ -168,6 +175,24 @@ def _parser(prog: str) -> _Parser:
     leaves.add_argument(
         "--tasks", dest="num_tasks", type=_whole(100), default=4, metavar="N", help="how many (default: 4)"
     )
+    speed = commands.add_parser(
+        "speed",
+        help="time training steps: against an ordinary one, against the floor, against TorchJD",
+        description="Times what a step computes, from parameters and batch to balanced gradients: against an ordinary "
+        "step, against the gradients of all tasks alone, and against TorchJD on the same network, in the same run. Two "
+        "minutes on two cores.",
+    )
+    speed.add_argument("--full", action="store_true", help="every method, up to 32 tasks: twenty-five minutes")
+    speed.add_argument(
+        "--peers-python",
+        type=_interpreter,
+        default=sys.executable,
+        metavar="PATH",
+        help="a Python with torch and torchjd (default: this one)",
+    )
+    speed.add_argument(
+        "--out", type=pathlib.Path, metavar="DIR", help="where speed.md and speed.json go (default: nowhere)"
+    )
     return parser
 
 
@@ -194,10 +219,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing:
         parser.error(f'{", ".join(missing)} not installed. Write: pip install "optax-mtl[experiments]"')
 
-    from optax_mtl.experiments import _compare, _leaves  # need the extra
+    from optax_mtl.experiments import _compare, _leaves, _speed  # need the extra
 
+    as_typed = shlex.join([*prog.split(), *argv])
     if command == "leaves":
         _leaves.run(**options)
+        return
+    if command == "speed":
+        _speed.run(**options, command=as_typed)
         return
     if options["methods"]:
         groups = (GROUPS.get(name, (name,)) for name in options["methods"])
@@ -205,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmark = options.pop("benchmark")
     _compare.compare(
         list(BENCHMARKS) if benchmark == "all" else [benchmark],
-        command=shlex.join([*prog.split(), *argv]),
+        command=as_typed,
         **options,
     )
 

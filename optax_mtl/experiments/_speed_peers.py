@@ -4,7 +4,7 @@ Run by its path, so that nothing of JAX is imported: torch's threads and XLA's w
 commands, one JSON object a line, and answers each with a line: `{"error": ...}` if it cannot.
 
   {"do": "load", "kind": "mlp", "arrays": "network.npz", "device": "cpu"}   a network with its weights and its batch
-  {"do": "step", "way": "mtl_backward", "method": "upgrad"}                 -> {"seconds": ...}
+  {"do": "step", "way": "TorchJD: autogram", "method": "upgrad"}            -> {"seconds": ...}
   {"do": "save", "arrays": "grads.npz"}                                     the losses and gradients of the last step
 """
 
@@ -15,7 +15,12 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-PLAIN, MTL_BACKWARD, AUTOGRAM = "plain", "mtl_backward", "autogram"
+PLAIN = "torch: plain step"
+MTL_BACKWARD = "TorchJD: mtl_backward"
+BY_PARAMETER = "TorchJD: mtl_backward, Gramian by parameter"
+ONE_BY_ONE = "TorchJD: mtl_backward, task after task"
+AUTOGRAM = "TorchJD: autogram"
+WAYS = (MTL_BACKWARD, BY_PARAMETER, ONE_BY_ONE, AUTOGRAM)  # as it comes, and with what its documentation offers
 
 
 class Peer(NamedTuple):
@@ -24,7 +29,7 @@ class Peer(NamedTuple):
     Attributes:
       name: its class.
       options: of the number of tasks.
-      weighs: whether it weighs whole gradients, as autogram demands: then there is a class `...Weighting` as well.
+      weighs: whether it makes weights of a Gramian: then there is a class `...Weighting` as well, for autogram.
       least_tasks: how many it needs.
     """
 
@@ -49,9 +54,17 @@ PEERS = {
     "krum": Peer("Krum", lambda n: {"n_byzantine": 1}, least_tasks=4),
     "graddrop": Peer("GradDrop", weighs=False),
     "trimmed_mean": Peer("TrimmedMean", lambda n: {"trim_number": 1}, weighs=False, least_tasks=3),
-    "mean_tasks": Peer("Mean"),
-    "sum_tasks": Peer("Sum"),
+    "mean_tasks": Peer("Mean", weighs=False),
+    "sum_tasks": Peer("Sum", weighs=False),
 }
+
+
+def ways(method: str, num_tasks: int) -> list[str]:
+    """Those in which TorchJD can do the step."""
+    peer = PEERS[method]
+    if num_tasks < peer.least_tasks:
+        return []
+    return [way for way in WAYS if peer.weighs or way not in (BY_PARAMETER, AUTOGRAM)]
 
 
 class Network:
@@ -64,7 +77,7 @@ class Network:
         self.modules: list[Any] = []
         self.trunk = getattr(self, f"_{kind}")()
         self.trunk_parameters = [parameter for _, _, parameter in self.parameters]
-        self.heads = []
+        self.heads: list[Any] = []
         while f"heads/{len(self.heads)}/0/kernel" in arrays:
             self.heads.append(self._head(f"heads/{len(self.heads)}"))
         x = torch.tensor(arrays["x"], device=device)
@@ -193,7 +206,7 @@ class Worker:
         # Two, as the engine's hooks slow down every forward pass.
         network, hooked = (Network(self._torch, kind, content, device) for _ in range(2))
         self._engine = self._autogram.Engine(*hooked.modules, batch_dim=None)
-        self._networks = {PLAIN: network, MTL_BACKWARD: network, AUTOGRAM: hooked}
+        self._networks = {PLAIN: network, **dict.fromkeys(WAYS, network), AUTOGRAM: hooked}
         self._device = device
         self._steps: dict[tuple[str, str | None], Callable[[], Any]] = {}
         return {}
@@ -224,36 +237,39 @@ class Worker:
             self._torch.cuda.synchronize()
 
     def _make(self, way: str, method: str | None) -> Callable[[], Any]:
-        network = self._networks[way]
+        network, stack = self._networks[way], self._torch.stack
         if method is None:
 
             def plain() -> Any:
                 _, losses = network.forward()
-                self._torch.stack(losses).sum().backward()
+                stack(losses).sum().backward()
                 return losses
 
             return plain
 
         peer = PEERS[method]
-        kind = peer.name if way == MTL_BACKWARD else f"{peer.name}Weighting"
-        weigh = getattr(self._aggregation, kind)(**peer.options(len(network.heads)))
-        if way == MTL_BACKWARD:
+        kind = f"{peer.name}Weighting" if way == AUTOGRAM else peer.name
+        aggregate = getattr(self._aggregation, kind)(**peer.options(len(network.heads)))
+        if way == AUTOGRAM:
 
-            def mtl_backward() -> Any:
-                features, losses = network.forward()
-                self._autojac.mtl_backward(losses, features=features)
-                self._autojac.jac_to_grad(network.trunk_parameters, weigh)
+            def autogram() -> Any:
+                _, losses = network.forward()
+                stacked = stack(losses)
+                stacked.backward(aggregate(self._engine.compute_gramian(stacked)))  # weighs the heads as well
                 return losses
 
-            return mtl_backward
+            return autogram
 
-        def autogram() -> Any:
-            _, losses = network.forward()
-            stacked = self._torch.stack(losses)
-            stacked.backward(weigh(self._engine.compute_gramian(stacked)))  # the heads as well, weighted: its documented way
+        at_once = 1 if way == ONE_BY_ONE else None
+        options = {"optimize_gramian_computation": True} if peer.weighs and way != MTL_BACKWARD else {}
+
+        def mtl_backward() -> Any:
+            features, losses = network.forward()
+            self._autojac.mtl_backward(losses, features=features, parallel_chunk_size=at_once)
+            self._autojac.jac_to_grad(network.trunk_parameters, aggregate, **options)
             return losses
 
-        return autogram
+        return mtl_backward
 
 
 def _version(module: Any) -> str:

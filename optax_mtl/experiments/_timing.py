@@ -1,23 +1,25 @@
 """Times of several ways to do one thing, taken in turn; what a program costs besides; and the machine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 import os
 import pathlib
 import platform
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-_WARM_UP = 2
+WARM_UP = 2
+
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 class Seconds(float):
     """What a way returns that has timed itself, in another process say."""
 
 
-def interleaved(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleaved(ways: dict[_Name, Callable[[], Any]], rounds: int) -> dict[_Name, list[float]]:
     """Runs every way in turn, round after round, so that whatever slows the machine down slows all of them.
 
     Args:
@@ -27,15 +29,15 @@ def interleaved(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
     Returns:
       For each way the seconds it took, one number a round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(_WARM_UP + rounds):
+    seconds: dict[_Name, list[float]] = {name: [] for name in ways}
+    for _ in range(WARM_UP + rounds):
         for name, way in ways.items():
             start = time.perf_counter()
             done = jax.block_until_ready(way())
             elapsed = time.perf_counter() - start
             seconds[name].append(float(done) if isinstance(done, Seconds) else elapsed)
             del done  # or the next way would pay for giving its memory back
-    return {name: taken[_WARM_UP:] for name, taken in seconds.items()}
+    return {name: taken[WARM_UP:] for name, taken in seconds.items()}
 
 
 def ratio(taken: list[float], floor: list[float]) -> float:
@@ -71,6 +73,15 @@ class Program:
     def __call__(self, *given: Any) -> Any:
         """Runs it, as `jax.jit` would."""
         return self._jitted(*given)
+
+    def costs(self) -> dict[str, Any]:
+        """Its attributes."""
+        return {
+            "compile_seconds": self.compile_seconds,
+            "temporary_bytes": self.temporary_bytes,
+            "flops": self.flops,
+            "traces": self.traces,
+        }
 
 
 def machine() -> dict[str, Any]:

@@ -35,7 +35,12 @@ class Workload(NamedTuple):
 
 
 def mlp(
-    num_tasks: int, heavy: bool = False, *, inputs: int = 784, widths: Sequence[int] = (1024, 512, 512), batch: int = 128
+    num_tasks: int,
+    heavy: bool = False,
+    *,
+    inputs: int = 784,
+    widths: Sequence[int] = (1024, 512, 512),
+    batch: int = 128,
 ) -> Workload:
     """A wide network of dense layers; 1.6 million parameters."""
     rng = np.random.default_rng(0)
