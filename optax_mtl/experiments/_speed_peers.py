@@ -280,7 +280,6 @@ def _version(module: Any) -> str:
 
 def main() -> None:
     """Answers commands until there are no more."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads are to sleep, not to spin
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what solvers print is not to be taken for an answer
 
