@@ -418,7 +418,7 @@ def _ratios(rows: Sequence[_Row]) -> _report.Table:
 
 def _programs(rows: Sequence[_Row]) -> _report.Table:
     """What does not vary, for the case with most methods."""
-    _, most = max(_grouped(rows, "workload", "heads", "tasks"), key=lambda case: len(case[1]))
+    _, most = max(_grouped(rows, "workload", "heads", "tasks"), key=lambda case: (len(case[1]), case[0][2]))
     lines = [
         [
             _name(row),

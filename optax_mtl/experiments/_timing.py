@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-WARM_UP = 2
+WARM_UP = 1  # rounds
 
 _Name = TypeVar("_Name", bound=Hashable)
 
@@ -26,7 +26,7 @@ def interleaved(ways: dict[_Name, Callable[[], Any]], rounds: int) -> dict[_Name
 
     Args:
       ways: functions without arguments, each waited for until its arrays are there.
-      rounds: how many are counted, after two that are not.
+      rounds: how many are counted, after one that is not.
 
     Returns:
       For each way the seconds it took, one number a round.
