@@ -13,6 +13,7 @@ import shutil
 import sys
 from typing import Any, NoReturn, TypeVar
 
+from optax_mtl.experiments import _speed_peers
 from optax_mtl.experiments._registry import GROUPS, METHODS
 
 BENCHMARKS = {
@@ -44,6 +45,7 @@ examples:
 The report goes to the directory --out: report.md with findings, tables and pictures, results.json with all
 the numbers. Every method runs with its default arguments, the same optimiser and the same budget.
 """
+WORKLOADS = ("mlp", "conv", "transformer")
 _GROUPS = {
     "all": "the library's methods, each on the whole",
     "grain": "four of them on the whole, by layer and by leaf, two around Adam, and equal weighting and mao",
@@ -180,19 +182,38 @@ def _parser(prog: str) -> _Parser:
         help="time training steps: against an ordinary one, against the floor, against TorchJD",
         description="Times what a step computes, from parameters and batch to balanced gradients: against an ordinary "
         "step, against the gradients of all tasks alone, and against TorchJD on the same network, in the same run. Two "
-        "minutes on two cores.",
+        "minutes on two cores; every method and up to 32 tasks with --full, in twenty-five.",
     )
-    speed.add_argument("--full", action="store_true", help="every method, up to 32 tasks: twenty-five minutes")
-    speed.add_argument(
+    add = speed.add_argument
+    add("--full", action="store_true", help="every method, every network, up to 32 tasks")
+    add(
+        "--workloads",
+        type=_several(_one_of("workload", WORKLOADS)),
+        default=list(WORKLOADS),
+        metavar="A,B,...",
+        help=f"which networks (default: {','.join(WORKLOADS)})",
+    )
+    add(
+        "--tasks",
+        type=_several(_whole(32)),
+        dest="numbers",
+        metavar="N,N,...",
+        help="how many (default: 2,8; with --full 2,4,8,16,32)",
+    )
+    add(
+        "--methods",
+        type=_several(_one_of("method", _speed_peers.PEERS)),
+        metavar="A,B,...",
+        help="which methods, on every network (default: upgrad, and on the mlp some or, with --full, all)",
+    )
+    add(
         "--peers-python",
         type=_interpreter,
         default=sys.executable,
         metavar="PATH",
         help="a Python with torch and torchjd (default: this one)",
     )
-    speed.add_argument(
-        "--out", type=pathlib.Path, metavar="DIR", help="where speed.md and speed.json go (default: nowhere)"
-    )
+    add("--out", type=pathlib.Path, metavar="DIR", help="where speed.md and speed.json go (default: nowhere)")
     return parser
 
 

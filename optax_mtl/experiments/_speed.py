@@ -1,6 +1,7 @@
 """What a training step costs: against an ordinary one, against the floor of `T` gradients, and against TorchJD."""
 
 from collections.abc import Callable, Iterator, Sequence
+import itertools
 import json
 import os
 import pathlib
@@ -66,21 +67,30 @@ class Case(NamedTuple):
         return f"{self.workload}, {self.heads} heads, T = {self.num_tasks}"
 
 
-def plan(full: bool) -> list[Case]:
-    """What to measure."""
-    if not full:
-        return [
-            Case("mlp", "light", 2, _FEW_METHODS),
-            Case("mlp", "light", 8, _FEW_METHODS),
-            Case("mlp", "heavy", 8, ["upgrad"]),
-            Case("conv", "light", 8, ["upgrad"]),
-            Case("transformer", "light", 8, ["upgrad"]),
-        ]
-    cases = [Case("mlp", "light", n, list(METHODS) if n == 8 else _FEW_METHODS) for n in _TASKS]
-    cases += [Case("mlp", "heavy", n, ["upgrad"]) for n in _TASKS]
-    for workload in ("conv", "transformer"):
-        cases += [Case(workload, "light", n, ["upgrad"]) for n in _TASKS]
-        cases += [Case(workload, "heavy", 8, ["upgrad"])]
+def plan(
+    full: bool,
+    workloads: Sequence[str] = tuple(_workloads.WORKLOADS),
+    numbers: Sequence[int] | None = None,
+    methods: Sequence[str] | None = None,
+) -> list[Case]:
+    """What to measure.
+
+    Args:
+      full: every number of tasks, and every method on one network.
+      workloads: which networks.
+      numbers: of tasks; None for the choice that `full` makes.
+      methods: None for that choice.
+
+    Returns:
+      The cases.
+    """
+    cases = []
+    for workload, heads in itertools.product(workloads, ("light", "heavy")):
+        many = workload == "mlp" and heads == "light"
+        for n in numbers or (_TASKS if full and heads == "light" else (2, 8) if many else (8,)):
+            chosen = ("upgrad",) if not many else tuple(METHODS) if full and n == 8 else _FEW_METHODS
+            if full or heads == "light" or workload == "mlp":
+                cases.append(Case(workload, heads, n, methods or chosen))
     return cases
 
 
@@ -437,8 +447,16 @@ def _programs(rows: Sequence[_Row]) -> _report.Table:
 # -- The command ---------------------------------------------------------------
 
 
-def run(full: bool, peers_python: str, out: pathlib.Path | None, command: str) -> None:
-    """Measures, prints, and writes `speed.json` and `speed.md` to `out` if that is given."""
+def run(*, full: bool, peers_python: str, out: pathlib.Path | None, command: str, **choice: Any) -> None:
+    """Measures, prints, and writes a report.
+
+    Args:
+      full: whether to measure all there is.
+      peers_python: an interpreter that may have TorchJD.
+      out: directory for `speed.md` and `speed.json`; None for neither.
+      command: what was typed, for the report.
+      **choice: as for `plan`.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is to have its part of the GPU
     start = time.perf_counter()
     notes: list[str] = []
@@ -451,7 +469,7 @@ def run(full: bool, peers_python: str, out: pathlib.Path | None, command: str) -
     except PeersError as error:
         notes.append(f"Without TorchJD ({error}). Write: pip install 'optax-mtl[peers]'")
     try:
-        cases = plan(full)
+        cases = plan(full, **choice)
         with tqdm.tqdm(cases, bar_format="{desc:36}|{bar}| {n}/{total} {elapsed}", disable=None, leave=False) as bar:
             for case in bar:
                 bar.set_description_str(str(case))

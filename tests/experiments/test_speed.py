@@ -51,7 +51,7 @@ def fake_peers(monkeypatch, tmp_path):
 
 
 def plan_of(monkeypatch, *cases):
-    monkeypatch.setattr(_speed, "plan", lambda full: [_speed.Case(*case) for case in cases])
+    monkeypatch.setattr(_speed, "plan", lambda full, **choice: [_speed.Case(*case) for case in cases])
 
 
 @pytest.mark.usefixtures("small", "fake_peers")
@@ -118,10 +118,19 @@ def test_other_answers_are_not_timed(tmp_path):
         _speed._check_same("here", str(theirs), (2 * ours[0], *ours[1:]))
 
 
-def test_an_interpreter_that_is_not_there_is_named(capsys):
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["--peers-python", "no/python"], "'no/python'"),
+        (["--methods", "pcgard"], "'pcgrad'"),
+        (["--workloads", "cnov"], "'conv'"),
+        (["--tasks", "64"], "from 1 to 32"),
+    ],
+)
+def test_bad_arguments_get_a_hint(capsys, argv, hint):
     with pytest.raises(SystemExit):
-        command_line.main(["speed", "--peers-python", "no/python"])
-    assert "'no/python'" in capsys.readouterr().err
+        command_line.main(["speed", *argv])
+    assert hint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -154,6 +163,16 @@ def test_tasks_conflict(name):
     (floor, _) = _speed.steps(workload, [])[_speed.FLOOR, None]
     _, each, _ = floor(workload.params, (), workload.batch)
     assert mtl.task_cosines(mtl.stack_task_grads([trunk for (trunk,), _ in each]))[0, 1] < 0
+
+
+def test_plan_is_what_was_asked_for():
+    assert tuple(_workloads.WORKLOADS) == command_line.WORKLOADS
+    full, quick = _speed.plan(True), _speed.plan(False)
+    assert {case.num_tasks for case in full} == {2, 4, 8, 16, 32}
+    assert set(full) > {case for case in quick if case.workload != "mlp"}
+    assert any(set(case.methods) == set(_speed.METHODS) for case in full)
+    chosen = _speed.plan(False, ["conv"], [3, 5], ["krum"])
+    assert chosen == [_speed.Case("conv", "light", n, ["krum"]) for n in (3, 5)]
 
 
 def test_every_method_of_the_plan_is_a_method_here_and_there():
