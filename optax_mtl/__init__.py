@@ -6,10 +6,13 @@ from optax_mtl._blockwise import blockwise, BlockwiseState
 from optax_mtl._checked import checked
 from optax_mtl._combinators import mean_tasks, per_task, shared_and_heads, sum_tasks
 from optax_mtl._diagnostics import task_cosines, task_norms
+from optax_mtl._features import value_and_feature_grads
 from optax_mtl._geometry import balance_in_metric, BalanceInMetricState, precondition_then_balance, second_moment_metric
 from optax_mtl._gramian import combine, Gramian, task_cross_gramian, task_gramian
+from optax_mtl._light import value_and_light_grads
 from optax_mtl._monitor import monitor, MonitorState, recorded, Records, update_shares
 from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grads
+from optax_mtl._split import split
 from optax_mtl.methods._adaptive_weight_assignment import adaptive_weight_assignment, adaptive_weight_assignment_weights
 from optax_mtl.methods._aligned_mtl import aligned_mtl, aligned_mtl_weights
 from optax_mtl.methods._apt import apt
@@ -192,6 +195,7 @@ __all__ = [
     "shared_and_heads",
     "slaw",
     "slaw_weights",
+    "split",
     "stack_task_grads",
     "stch",
     "stch_weights",
@@ -212,6 +216,8 @@ __all__ = [
     "uw_o_weights",
     "uw_so",
     "uw_so_weights",
+    "value_and_feature_grads",
+    "value_and_light_grads",
     "value_and_task_grads",
 ]
 

@@ -11,7 +11,7 @@ import jax
 from jax import lax, numpy as jnp
 import numpy as np
 
-from optax_mtl import _base, _gramian
+from optax_mtl import _base, _deferred, _gramian
 
 
 class Blocks(NamedTuple):
@@ -140,14 +140,21 @@ def sum_blocks(function: Callable[..., jax.Array], blocks: Blocks, *trees: Any, 
     Returns:
       `(B, ...)`.
     """
-    values: list[list[jax.Array]] = [[] for _ in blocks.layers]
+    per_leaf = []
     for group, *leaves in zip(blocks.groups, *map(jax.tree.leaves, trees), strict=True):
         layers = blocks.layers[group]
-        values[group].append(function(*leaves)[None] if layers is None else _map_layers(function, leaves, axes, layers))
+        per_leaf.append(function(*leaves) if layers is None else map_layers(function, leaves, axes, layers))
+    return _sum_groups(per_leaf, blocks)
+
+
+def _sum_groups(per_leaf: list[jax.Array], blocks: Blocks) -> jax.Array:
+    values: list[list[jax.Array]] = [[] for _ in blocks.layers]
+    for value, group in zip(per_leaf, blocks.groups, strict=True):
+        values[group].append(value[None] if blocks.layers[group] is None else value)
     return jnp.concatenate([functools.reduce(operator.add, parts) for parts in values])
 
 
-def _map_layers(
+def map_layers(
     function: Callable[..., jax.Array], leaves: list[jax.Array], axes: tuple[int, ...], layers: int
 ) -> jax.Array:
     # As in `task_gramian`: a batched product suits a mesh and an accelerator, and a CPU one layer after another.
@@ -168,6 +175,16 @@ def _map_layers(
     return mapped
 
 
+def leaf_gramian(leaf: jax.Array, metric: jax.Array | None, layers: int | None) -> jax.Array:
+    """The inner products of gradients `(T, *shape)`, `(T, T)`; or of each of their layers, `(layers, T, T)`."""
+
+    def products(grads: jax.Array, metric: jax.Array | None = None) -> jax.Array:
+        return _gramian.task_cross_gramian(grads, grads, metric)
+
+    leaves, axes = ([leaf], (1,)) if metric is None else ([leaf, metric], (1, 0))
+    return products(*leaves) if layers is None else map_layers(products, leaves, axes, layers)
+
+
 def gramians_of(task_grads: _base.TaskGrads, blocks: Blocks, metric: _base.Params | None = None) -> jax.Array:
     """The Gramian of each block, `(B, T, T)`; see `block_gramians`."""
     dtype = _base.accumulator_dtype(task_grads)
@@ -175,12 +192,30 @@ def gramians_of(task_grads: _base.TaskGrads, blocks: Blocks, metric: _base.Param
     def products(leaf: jax.Array, factors: jax.Array | None = None) -> jax.Array:
         return _gramian.task_cross_gramian(leaf, leaf, factors).astype(dtype)
 
-    if metric is None:
+    if metric is not None:
+        _gramian.check_metric_shapes(metric, task_grads)  # here, where the leaves have names
+    if _deferred.is_deferred(task_grads):
+        gramians = _sum_groups(_deferred_gramians(task_grads, blocks, metric), blocks)
+    elif metric is None:
         gramians = sum_blocks(products, blocks, task_grads, axes=(1,))
     else:
-        _gramian.check_metric_shapes(metric, task_grads)  # here, where the leaves have names
         gramians = sum_blocks(products, blocks, task_grads, metric, axes=(1, 0))
     return (gramians + jnp.swapaxes(gramians, 1, 2)) / 2  # at the end: once, and not for each leaf
+
+
+def _deferred_gramians(task_grads: _base.TaskGrads, blocks: Blocks, metric: _base.Params | None) -> list[jax.Array]:
+    leaves, metrics = jax.tree.leaves(task_grads), jax.tree.leaves(metric)
+    per_leaf: dict[int, jax.Array] = {}
+    for source, indices, positions in _deferred.by_source(leaves):
+        layers = [blocks.layers[blocks.groups[i]] for i in positions]
+        found = source.leaf_gramians(indices, [metrics[i] for i in positions] if metrics else None, layers)
+        per_leaf |= zip(positions, found, strict=True)
+    if len(per_leaf) < len(leaves):
+        raise ValueError(
+            "Blocks are of deferred gradients or of computed ones, but not of some of each, as optax_mtl.split gives "
+            "for trunk and heads: put optax_mtl.shared_and_heads(blockwise(method), loss_fn.shared) around the trunk."
+        )
+    return [per_leaf[i] for i in range(len(leaves))]
 
 
 def combine_blocks(weights: jax.Array, task_grads: _base.TaskGrads, blocks: Blocks) -> Any:
@@ -196,15 +231,19 @@ def combine_blocks(weights: jax.Array, task_grads: _base.TaskGrads, blocks: Bloc
     """
     ends = np.cumsum([1 if number is None else number for number in blocks.layers])
     rows = lax.platform_dependent(weights, cpu=_split_apart, default=list)
-    leaves, treedef = jax.tree.flatten(task_grads)
-    combined = []
-    for leaf, group in zip(leaves, blocks.groups, strict=True):
+    own = []  # weights of each leaf, (T,), or of its layers, (L, T)
+    for group in blocks.groups:
         number, end = blocks.layers[group], ends[group]
-        if number is None:
-            combined.append(_gramian.combine(rows[end - 1], leaf))
-        else:
-            combined.append(jax.vmap(_gramian.combine, (0, 1))(weights[end - number : end], leaf))
-    return treedef.unflatten(combined)
+        own.append(rows[end - 1] if number is None else weights[end - number : end])
+
+    leaves, treedef = jax.tree.flatten(task_grads)
+    combined: dict[int, jax.Array] = {}
+    for source, indices, positions in _deferred.by_source(leaves):
+        combined |= zip(positions, source.combine_each([own[i] for i in positions], indices), strict=True)
+    for i, leaf in enumerate(leaves):
+        if i not in combined:
+            combined[i] = _gramian.combine_leaf(own[i], leaf)
+    return treedef.unflatten([combined[i] for i in range(len(leaves))])
 
 
 def _split_apart(weights: jax.Array) -> list[jax.Array]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax import lax, numpy as jnp
 
-from optax_mtl import _base
+from optax_mtl import _base, _deferred
 
 _CHUNK = 4096  # columns; T of them stay in the first cache levels up to T = 64
 UNROLL = 32  # tasks; beyond, a matrix product keeps the compiled program small
@@ -58,6 +58,7 @@ def check_not_gramian(updates: _base.TaskGrads, method: str) -> None:
             f"{method} acts on the gradients themselves, not on their inner products, and was given a Gramian. Pass "
             "the task gradients; or choose a weighting (optax_mtl.mgda, for one), which takes either."
         )
+    _deferred.check_not_deferred(updates, method)
 
 
 def check_metric_shapes(metric: _base.Params, task_grads: _base.TaskGrads) -> None:
@@ -75,7 +76,7 @@ def task_gramian(task_grads: _base.TaskGrads, metric: _base.Params | None = None
     """The Gramian of the tasks' gradients, `M[i, j] = <g_i, g_j>` over all leaves.
 
     Args:
-      task_grads: leaves `(T, *shape)`, sharded in any way except along the task axis; or a `Gramian`.
+      task_grads: leaves `(T, *shape)`, sharded in any way except along the task axis, or deferred; or a `Gramian`.
       metric: leaves `(*shape)`, not negative: what each parameter counts, `M[i, j] = sum_k metric_k g_ik g_jk`. One
         for all if None.
 
@@ -91,7 +92,18 @@ def task_gramian(task_grads: _base.TaskGrads, metric: _base.Params | None = None
     if isinstance(task_grads, Gramian):
         matrix = jnp.asarray(task_grads.matrix)
         return matrix.astype(_base.accumulator_dtype(matrix))
-    gramian = task_cross_gramian(task_grads, task_grads, metric)
+    leaves = jax.tree.leaves(task_grads)
+    metrics = None if metric is None else jax.tree.leaves(metric)
+    if metric is not None:
+        check_metric_shapes(metric, task_grads)
+    parts = []
+    for source, indices, positions in _deferred.by_source(leaves):
+        parts.append(source.gramian(indices, None if metrics is None else [metrics[i] for i in positions]))
+    arrays = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, _deferred.Deferred)]
+    if arrays:
+        grads = [leaves[i] for i in arrays]
+        parts.append(task_cross_gramian(grads, grads, None if metrics is None else [metrics[i] for i in arrays]))
+    gramian = functools.reduce(operator.add, parts)
     return (gramian + gramian.T) / 2
 
 
@@ -117,6 +129,11 @@ def task_cross_gramian(
       [[1., 0.], [2., 6.]]
     """
     dtype = _base.accumulator_dtype((first, second))
+    if _deferred.is_deferred((first, second)):
+        raise ValueError(
+            "The inner products of one batch's gradients with another's cannot be had of deferred gradients: compute "
+            "both with optax_mtl.value_and_task_grads."
+        )
     if metric is None:
         products = jax.tree.map(lambda a, b: _leaf_products(a, b, None, dtype), first, second)
     else:
@@ -128,8 +145,8 @@ def task_cross_gramian(
 
 def task_squared_norms(task_grads: _base.TaskGrads, metric: _base.Params | None = None) -> jax.Array:
     """The Gramian's diagonal `(T,)`, for methods that need no inner products."""
-    if isinstance(task_grads, Gramian):
-        return jnp.diagonal(task_gramian(task_grads))
+    if isinstance(task_grads, Gramian) or _deferred.is_deferred(task_grads):
+        return jnp.diagonal(task_gramian(task_grads, metric))
     dtype = _base.accumulator_dtype(task_grads)
 
     def leaf_squared_norms(leaf: jax.Array, factors: jax.Array | None = None) -> jax.Array:
@@ -210,7 +227,7 @@ def combine(weights: jax.Array, task_grads: _base.TaskGrads) -> Any:
 
     Args:
       weights: `(T,)`.
-      task_grads: leaves `(T, *shape)`; or a `Gramian`.
+      task_grads: leaves `(T, *shape)`, or deferred; or a `Gramian`.
 
     Returns:
       Leaves `(*shape)` in the gradients' dtypes; for a `Gramian`, the weights.
@@ -218,16 +235,25 @@ def combine(weights: jax.Array, task_grads: _base.TaskGrads) -> Any:
     if isinstance(task_grads, Gramian):
         return weights
 
-    def combine_leaf(leaf: jax.Array) -> jax.Array:
-        dtype = _base.accumulator_dtype(leaf)
-        w = weights.astype(dtype)
-        if leaf.shape[0] <= UNROLL:
-            return combine_rows(w, lambda i: leaf[i].astype(dtype)).astype(leaf.dtype)
-        kept = jnp.where((w == 0).reshape((-1,) + (1,) * (leaf.ndim - 1)), 0, leaf)
-        total = jnp.tensordot(w, kept.astype(dtype), axes=1, precision=lax.Precision.HIGHEST)
-        return total.astype(leaf.dtype)
+    leaves, treedef = jax.tree.flatten(task_grads)
+    combined: dict[int, jax.Array] = {}
+    for source, indices, positions in _deferred.by_source(leaves):
+        combined |= zip(positions, source.combine(weights, indices), strict=True)
+    return treedef.unflatten([combined[i] if i in combined else combine_leaf(weights, g) for i, g in enumerate(leaves)])
 
-    return jax.tree.map(combine_leaf, task_grads)
+
+def combine_leaf(weights: jax.Array, leaf: jax.Array) -> jax.Array:
+    """As `combine`, of one leaf `(T, *shape)`; with weights `(L, T)`, each of its layers `(T, L, ...)` by its own."""
+    if weights.ndim == 2:
+        layered: jax.Array = jax.vmap(combine_leaf, (0, 1))(weights, leaf)
+        return layered
+    dtype = _base.accumulator_dtype(leaf)
+    w = weights.astype(dtype)
+    if leaf.shape[0] <= UNROLL:
+        return combine_rows(w, lambda i: leaf[i].astype(dtype)).astype(leaf.dtype)
+    kept = jnp.where((w == 0).reshape((-1,) + (1,) * (leaf.ndim - 1)), 0, leaf)
+    total = jnp.tensordot(w, kept.astype(dtype), axes=1, precision=lax.Precision.HIGHEST)
+    return total.astype(leaf.dtype)
 
 
 def combine_rows(weights: jax.Array, row: Callable[[int], jax.Array]) -> jax.Array:

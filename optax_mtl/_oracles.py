@@ -8,8 +8,9 @@ from typing import Any
 import chex
 import jax
 from jax import lax, numpy as jnp
+from jax.extend import core
 
-from optax_mtl import _base
+from optax_mtl import _base, _split
 
 _STRATEGIES = ("auto", "unroll", "loop", "vmap")
 _UNROLL = 16  # tasks; beyond, compile time and memory speak for the loop
@@ -36,7 +37,8 @@ def value_and_task_grads(
       strategy: how the `T` pullbacks run, all in one program. `"unroll"`: one after another, written out; of losses
         given as a pytree, each is pulled back through its own head only. `"loop"`: one after another in a `lax` loop;
         the least memory and compile time, but every head is pulled back for every task. `"vmap"`: at once, batched.
-        `"auto"`: on CPU, where `"vmap"` is slower, `"unroll"` up to 16 tasks and then `"loop"`; elsewhere `"vmap"`.
+        `"auto"`: `"vmap"`, but on CPU, where it is slower unless there are loops in the program, `"unroll"` up to 16
+        tasks and then `"loop"`.
 
     Returns:
       A function of `loss_fn`'s arguments that returns `(losses, task_grads)`, or `((losses, aux), task_grads)`:
@@ -55,61 +57,125 @@ def value_and_task_grads(
              [ 2.,  4.]], dtype=float32))
     """
     _base.check_choice("strategy", strategy, _STRATEGIES)
+    if isinstance(loss_fn, _split.Split):
+        check_split_arguments(argnums)
+        return functools.partial(_split_value_and_task_grads, loss_fn, has_aux, strategy)
 
     @functools.wraps(loss_fn)
     def value_and_task_grads_fn(*args: Any, **kwargs: Any) -> tuple[Any, _base.TaskGrads]:
-        single = not isinstance(argnums, Sequence)
-        nums = tuple(argnums) if isinstance(argnums, Sequence) else (operator.index(argnums),)
-        if max(nums) >= len(args):
-            raise ValueError(
-                f"value_and_task_grads: argnums={argnums} asks for argument {max(nums)}, but {len(args)} positional "
-                "arguments were given: pass what to differentiate with respect to by position."
-            )
-        inputs = tuple(args[i] for i in nums)
-        _check_differentiable(inputs)
-
-        def losses_of(*inputs: Any) -> tuple[Any, Any]:
-            full = list(args)
-            for i, value in zip(nums, inputs, strict=True):
-                full[i] = value
-            out = loss_fn(*full, **kwargs)
-            return out if has_aux else (out, None)
-
+        inputs, losses_of = differentiated(loss_fn, argnums, has_aux, args, kwargs)
         out, pushforward, aux = jax.linearize(losses_of, *inputs, has_aux=True)
         losses = stack_losses(out)
         grads = _pull_back_each(pushforward, inputs, out, strategy)
         value = (losses, aux) if has_aux else losses
-        return value, grads[0] if single else grads
+        return value, grads if isinstance(argnums, Sequence) else grads[0]
 
     return value_and_task_grads_fn
+
+
+def _split_value_and_task_grads(
+    loss_fn: _split.Split, has_aux: bool, strategy: str, params: Any, batch: Any
+) -> tuple[Any, _base.TaskGrads]:
+    check_split_parameters(loss_fn, params)
+    if loss_fn.own_inputs:
+        parts = loss_fn.with_own_inputs(params, batch, has_aux)
+        stacked = parts.cotangents
+    else:
+        features, pullback = jax.vjp(lambda trunk: loss_fn.trunk(trunk, batch), params["trunk"])
+        parts = loss_fn.through_heads(features, params, batch, has_aux)
+        (stacked,) = pull_back_all(pullback, parts.cotangents, strategy)
+    grads = {"trunk": stacked, "heads": jax.tree.map(lambda g: g[None], parts.head_grads)}
+    return (parts.losses, parts.aux) if has_aux else parts.losses, grads
+
+
+def check_split_parameters(loss_fn: _split.Split, params: Any) -> None:
+    """Raises `ValueError` unless `params` are those of the split loss, and floating-point arrays."""
+    loss_fn.check(params)
+    _check_differentiable((params,))
+
+
+def check_split_arguments(argnums: int | Sequence[int]) -> None:
+    """Raises `ValueError` unless `argnums` is the parameters of a split loss."""
+    if argnums != 0:
+        raise ValueError(f"A split loss is differentiated with respect to its parameters, argnums=0; found {argnums}.")
+
+
+def differentiated(
+    loss_fn: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, args: tuple[Any, ...], kwargs: Any
+) -> tuple[tuple[Any, ...], Callable[..., tuple[Any, Any]]]:
+    """The arguments that `argnums` names, and the function of these alone that returns losses and auxiliary data.
+
+    Raises:
+      ValueError: if there is no such argument, or one with leaves that are not floating-point arrays.
+    """
+    nums = tuple(argnums) if isinstance(argnums, Sequence) else (operator.index(argnums),)
+    if max(nums) >= len(args):
+        raise ValueError(
+            f"value_and_task_grads: argnums={argnums} asks for argument {max(nums)}, but {len(args)} positional "
+            "arguments were given: pass what to differentiate with respect to by position."
+        )
+    inputs = tuple(args[i] for i in nums)
+    _check_differentiable(inputs)
+
+    def losses_of(*inputs: Any) -> tuple[Any, Any]:
+        full = list(args)
+        for i, value in zip(nums, inputs, strict=True):
+            full[i] = value
+        out = loss_fn(*full, **kwargs)
+        return out if has_aux else (out, None)
+
+    return inputs, losses_of
 
 
 def _pull_back_each(pushforward: Callable[..., Any], inputs: tuple[Any, ...], out: Any, strategy: str) -> Any:
     """The gradients of all losses, stacked; `pushforward` is linear from tangents of `inputs` to tangents of `out`."""
     losses = jax.eval_shape(stack_losses, out)
-    num_tasks = losses.shape[0]
-    if strategy == "auto":
-        if jax.default_backend() != "cpu":
-            strategy = "vmap"
-        else:
-            strategy = "unroll" if num_tasks <= _UNROLL else "loop"
-
-    if strategy == "unroll":
-        # Transposing towards one loss alone leaves out what does not lead to it; a one-hot cotangent for all of them
-        # would pull zeros back through every other head.
-        def pull_back(task: int) -> Any:
-            def loss_tangent(*tangents: Any) -> jax.Array:
-                leaves = jax.tree.leaves(pushforward(*tangents))
-                return leaves[task] if jnp.ndim(leaves[0]) == 0 else leaves[0][task]
-
-            one = jnp.ones((), jax.eval_shape(loss_tangent, *inputs).dtype)
-            return jax.linear_transpose(loss_tangent, *inputs)(one)
-
-        return stack_task_grads([pull_back(task) for task in range(num_tasks)])
-
     pullback = jax.linear_transpose(lambda *tangents: stack_losses(pushforward(*tangents)), *inputs)
-    one_hots = jnp.eye(num_tasks, dtype=losses.dtype)
-    return jax.vmap(pullback)(one_hots) if strategy == "vmap" else lax.map(pullback, one_hots)
+    one_hots = jnp.eye(losses.shape[0], dtype=losses.dtype)
+    if _fastest(strategy, pullback, one_hots) != "unroll" or jax.tree.leaves(out)[0].ndim == 1:
+        return pull_back_all(pullback, one_hots, strategy)
+
+    # Transposing towards one loss alone leaves out what does not lead to it; a one-hot cotangent for all of them would
+    # pull zeros back through every other head.
+    def pull_back(task: int) -> Any:
+        def loss_tangent(*tangents: Any) -> jax.Array:
+            return jax.tree.leaves(pushforward(*tangents))[task]
+
+        one = jnp.ones((), jax.eval_shape(loss_tangent, *inputs).dtype)
+        return jax.linear_transpose(loss_tangent, *inputs)(one)
+
+    return stack_task_grads([pull_back(task) for task in range(losses.shape[0])])
+
+
+def pull_back_all(pullback: Callable[[Any], Any], cotangents: Any, strategy: str = "auto") -> Any:
+    """What `pullback` makes of each of the cotangents, leaves `(T, ...)`, stacked in the same way."""
+    strategy = _fastest(strategy, pullback, cotangents)
+    if strategy == "vmap":
+        return jax.vmap(pullback)(cotangents)
+    if strategy == "loop":
+        return lax.map(pullback, cotangents)
+    num_tasks = jax.tree.leaves(cotangents)[0].shape[0]
+    return stack_task_grads([pullback(jax.tree.map(lambda leaf: leaf[i], cotangents)) for i in range(num_tasks)])
+
+
+def _fastest(strategy: str, pullback: Callable[[Any], Any], cotangents: Any) -> str:
+    if strategy != "auto":
+        return strategy
+    if jax.default_backend() != "cpu":
+        return "vmap"
+    # On a CPU large products are slower in a batch. But in a loop the products are small, and its iterations expensive.
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), cotangents)
+    if _has_loop(jax.make_jaxpr(pullback)(one).jaxpr):
+        return "vmap"
+    return "unroll" if jax.tree.leaves(cotangents)[0].shape[0] <= _UNROLL else "loop"
+
+
+def _has_loop(jaxpr: core.Jaxpr) -> bool:
+    for eqn in jaxpr.eqns:
+        inner = eqn.params.get("jaxpr")
+        if eqn.primitive.name in ("scan", "while") or (inner is not None and _has_loop(getattr(inner, "jaxpr", inner))):
+            return True
+    return False
 
 
 def stack_task_grads(task_grads: Sequence[chex.ArrayTree]) -> _base.TaskGrads:

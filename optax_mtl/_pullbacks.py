@@ -1,0 +1,128 @@
+"""Gradients that are pulled back when they are asked for, with the weights of the tasks already in."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax, numpy as jnp
+
+from optax_mtl import _base, _deferred, _gramian, _oracles, _split
+
+# function(*inputs) -> (out, aux)
+Function = Callable[..., tuple[Any, Any]]
+
+
+class Pullbacks(_deferred.Source):
+    """The gradients of `T` tasks, each the pullback through `function` of a cotangent of what it returns.
+
+    Attributes:
+      leaves: of the inputs.
+      out: what `function` returned: losses `(T,)`, or features.
+      aux: what else.
+    """
+
+    _cotangents: Any
+    _through_heads: bool
+
+    def __init__(self, function: Function, inputs: Any, num_tasks: int | None):
+        self.leaves, treedef = jax.tree.flatten(inputs)
+        self.out, self._vjp, self.aux = jax.vjp(
+            lambda leaves: function(*treedef.unflatten(leaves)), self.leaves, has_aux=True
+        )
+
+    def set_cotangents(self, cotangents: Any, through_heads: bool) -> None:
+        """To be called when `out` is known.
+
+        Args:
+          cotangents: like `out`, leaves `(T, ...)`.
+          through_heads: whether `out` are losses, so that heads are pulled back too, for all tasks.
+        """
+        self._cotangents, self._through_heads = cotangents, through_heads
+
+    def pull_back(self, cotangent: Any) -> list[jax.Array]:
+        """The gradients, in the order of `leaves`, for a cotangent of `out`."""
+        return self._vjp(cotangent)[0]
+
+    def gramian(self, indices: Sequence[int], metrics: Sequence[jax.Array] | None) -> jax.Array:
+        """See `Source`."""
+        return sum(self.leaf_gramians(indices, metrics, [None] * len(indices)))
+
+    def combine(self, weights: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
+        """See `Source`. One backward pass."""
+        total = self.pull_back(_gramian.combine(weights, self._cotangents))
+        combined = [total[i] for i in indices]
+        return self._one_by_one(combined, weights, indices) if self._through_heads else combined
+
+    def _one_by_one(self, together: list[jax.Array], weights: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
+        """`together`, the weighted sum of all gradients; or that of one after another, if it is not finite.
+
+        Zero times the infinite derivative of a task of weight zero is not a number. Then the tasks are pulled back in a
+        loop, which is not entered otherwise, and such a task adds nothing.
+        """
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in together]))
+
+        def add_task(task: jax.Array, total: list[jax.Array]) -> list[jax.Array]:
+            pulled = self.pull_back(jax.tree.map(lambda leaf: leaf[task], self._cotangents))
+            kept = [
+                jnp.where(weights[task] == 0, 0, weights[task].astype(pulled[i].dtype) * pulled[i]) for i in indices
+            ]
+            return [jnp.where(task == 0, 0, t) + k for t, k in zip(total, kept, strict=True)]
+
+        return lax.fori_loop(0, jnp.where(finite, 0, weights.shape[0]), add_task, together)
+
+
+def deferring(
+    make_source: Callable[[Function, Any, int | None], Pullbacks],
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    args: tuple[Any, ...],
+    kwargs: Any,
+) -> tuple[Any, _base.TaskGrads]:
+    """What an oracle of deferred gradients returns: losses, with auxiliary data if there are any, and the gradients.
+
+    Args:
+      make_source: from a function of parameters, these, and the number of tasks (None: as many as it returns losses) to
+        the gradients' source.
+      loss_fn: a loss function.
+      argnums: as for `value_and_task_grads`.
+      has_aux: as for `value_and_task_grads`.
+      args: the arguments of `loss_fn`.
+      kwargs: its keyword arguments.
+    """
+    if isinstance(loss_fn, _split.Split):
+        _oracles.check_split_arguments(argnums)
+        return _defer_trunk(make_source, loss_fn, has_aux, *args, **kwargs)
+    inputs, losses_of = _oracles.differentiated(loss_fn, argnums, has_aux, args, kwargs)
+
+    def stacked_losses(*inputs: Any) -> tuple[jax.Array, Any]:
+        out, aux = losses_of(*inputs)
+        return _oracles.stack_losses(out), aux
+
+    source = make_source(stacked_losses, inputs, None)
+    num_tasks = source.out.shape[0]
+    source.set_cotangents(jnp.eye(num_tasks, dtype=source.out.dtype), through_heads=True)
+    grads = _deferred.defer(source, inputs, num_tasks)
+    value = (source.out, source.aux) if has_aux else source.out
+    return value, grads if isinstance(argnums, Sequence) else grads[0]
+
+
+def _defer_trunk(
+    make_source: Callable[[Function, Any, int | None], Pullbacks],
+    loss_fn: _split.Split,
+    has_aux: bool,
+    params: Any,
+    batch: Any,
+) -> tuple[Any, _base.TaskGrads]:
+    _oracles.check_split_parameters(loss_fn, params)
+    if loss_fn.own_inputs:
+        raise ValueError(
+            "With own_inputs=True each task goes through the trunk by itself, and nothing is saved by deferring its "
+            "gradient: use optax_mtl.value_and_task_grads(loss_fn)."
+        )
+    source = make_source(lambda trunk: (loss_fn.trunk(trunk, batch), None), (params["trunk"],), loss_fn.num_tasks)
+    parts = loss_fn.through_heads(source.out, params, batch, has_aux)
+    source.set_cotangents(parts.cotangents, through_heads=False)
+    trunk_grads = _deferred.defer(source, params["trunk"], loss_fn.num_tasks)
+    value = (parts.losses, parts.aux) if has_aux else parts.losses
+    return value, {"trunk": trunk_grads, "heads": jax.tree.map(lambda g: g[None], parts.head_grads)}
