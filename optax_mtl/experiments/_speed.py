@@ -18,7 +18,10 @@ import tqdm
 import optax_mtl as mtl
 from optax_mtl.experiments import _report, _speed_peers, _timing, _workloads
 
-PLAIN, FLOOR, EXACT = "plain step", "floor: T gradients alone", "exact"
+PLAIN = "plain step"
+FLOORS = ("T gradients alone, one by one", "T gradients alone, batched")
+EXACT, LIGHT, KEPT = EXACT_WAYS = ("exact", "light", "light, not recomputed")
+UNSPLIT, FEATURES = "exact, not split", "feature-level"
 METHODS: dict[str, dict[str, Any]] = {  # TorchJD's, with what makes ours do the same
     "upgrad": {},
     "dual_proj": {},
@@ -39,16 +42,21 @@ METHODS: dict[str, dict[str, Any]] = {  # TorchJD's, with what makes ours do the
 }
 
 _FEW_METHODS = ("upgrad", "mgda", "pcgrad")
+_MIXERS = ("graddrop", "trimmed_mean")  # they want the gradients themselves
 _TASKS = (2, 4, 8, 16, 32)
 _QUICK_SECONDS, _FULL_SECONDS = 5, 25  # a case, but for compiling
 _FEWEST_ROUNDS, _MOST_ROUNDS = 7, 50
-_RATIOS = {
-    "floor / plain": (FLOOR, PLAIN),
-    "exact / floor": (EXACT, FLOOR),
-    "exact / plain": (EXACT, PLAIN),
-    "TorchJD / torch's plain": ("TorchJD", _speed_peers.PLAIN),
-    "TorchJD / exact": ("TorchJD", EXACT),
-}
+_FASTEST = {"floor": FLOORS, "ours": EXACT_WAYS, "TorchJD": _speed_peers.WAYS, "torch's plain": (_speed_peers.PLAIN,)}
+_RATIOS = (
+    ("floor", PLAIN),
+    ("ours", PLAIN),
+    (FEATURES, PLAIN),
+    (EXACT, "floor"),
+    (LIGHT, "floor"),
+    (KEPT, "floor"),
+    ("TorchJD", "torch's plain"),
+    ("TorchJD", "ours"),
+)
 
 _Row = dict[str, Any]
 _Way = tuple[str, str | None]  # its name, and the method
@@ -102,17 +110,18 @@ def steps(workload: _workloads.Workload, methods: Sequence[str]) -> dict[_Way, t
 
     Args:
       workload: the network.
-      methods: names of methods.
+      methods: names of methods; the first of them in some more ways.
 
     Returns:
       For each way a function from parameters, state and batch to losses, gradients of trunk and heads, and state; and
       the state to begin with. The floor's gradients are those of every task, as they come.
     """
-    trunk, heads = workload.trunk, workload.heads
+    loss_fn = mtl.split(workload.trunk, workload.heads)
 
     def losses_of(params: Any, batch: Any) -> tuple[jax.Array, ...]:
-        features = trunk(params["trunk"], batch)
-        return tuple(head(p, features, batch) for head, p in zip(heads, params["heads"], strict=True))
+        features = workload.trunk(params["trunk"], batch)
+        pairs = zip(workload.heads, params["heads"], strict=True)
+        return tuple(head(own, features, batch) for head, own in pairs)
 
     def plain(params: Any, state: Any, batch: Any) -> Any:
         def total(params: Any) -> Any:
@@ -122,14 +131,22 @@ def steps(workload: _workloads.Workload, methods: Sequence[str]) -> dict[_Way, t
         (_, losses), grads = jax.value_and_grad(total, has_aux=True)(params)
         return losses, grads, state
 
-    def floor(params: Any, state: Any, batch: Any) -> Any:
-        features, pull_back = jax.vjp(lambda p: trunk(p, batch), params["trunk"])
-        losses, grads = [], []
-        for head, p in zip(heads, params["heads"], strict=True):
-            loss, (head_grad, cotangent) = jax.value_and_grad(head, argnums=(0, 1))(p, features, batch)
-            losses.append(loss)
-            grads.append((pull_back(cotangent), head_grad))
-        return losses, grads, state
+    def gradients_alone(batched: bool) -> _Step:
+        def floor(params: Any, state: Any, batch: Any) -> Any:
+            features, pull_back = jax.vjp(lambda trunk: workload.trunk(trunk, batch), params["trunk"])
+            results = [
+                jax.value_and_grad(head, argnums=(0, 1))(own, features, batch)
+                for head, own in zip(workload.heads, params["heads"], strict=True)
+            ]
+            losses, grads = zip(*results, strict=True)
+            heads, cotangents = zip(*grads, strict=True)
+            if batched:
+                (trunk,) = jax.vmap(pull_back)(jnp.stack(cotangents))
+            else:
+                trunk = [pull_back(cotangent)[0] for cotangent in cotangents]
+            return losses, {"trunk": trunk, "heads": heads}, state
+
+        return floor
 
     def balanced(oracle: _Step, tx: Any) -> _Step:
         def step(params: Any, state: Any, batch: Any) -> Any:
@@ -139,11 +156,19 @@ def steps(workload: _workloads.Workload, methods: Sequence[str]) -> dict[_Way, t
 
         return step
 
-    found: dict[_Way, tuple[_Step, Any]] = {(PLAIN, None): (plain, ()), (FLOOR, None): (floor, ())}
-    oracles = {EXACT: mtl.value_and_task_grads(losses_of)}
-    shared = {"trunk": True, "heads": list(range(len(heads)))}
+    found: dict[_Way, tuple[_Step, Any]] = {(PLAIN, None): (plain, ())}
+    found |= {(name, None): (gradients_alone(batched), ()) for name, batched in zip(FLOORS, (False, True), strict=True)}
     for method in methods:
-        tx = mtl.shared_and_heads(getattr(mtl, method)(len(heads), **METHODS[method]), shared)
+        num_tasks = len(workload.heads)
+        tx = mtl.shared_and_heads(getattr(mtl, method)(num_tasks, **METHODS[method]), loss_fn.shared)
+        oracles = {EXACT: mtl.value_and_task_grads(loss_fn)}
+        if method not in _MIXERS:
+            oracles[LIGHT] = mtl.value_and_light_grads(loss_fn)
+            oracles[KEPT] = mtl.value_and_light_grads(loss_fn, recompute=False)
+        if method == methods[0]:
+            oracles[UNSPLIT] = mtl.value_and_task_grads(losses_of)
+            if method not in _MIXERS:
+                oracles[FEATURES] = mtl.value_and_feature_grads(loss_fn)
         for name, oracle in oracles.items():
             found[name, method] = balanced(oracle, tx), tx.init(workload.params)
     return found
@@ -296,7 +321,6 @@ def measure(case: Case, peers: Peers | None, seconds: float, notes: list[str]) -
 
     def row(way: _Way) -> _Row:
         name, method = way
-        ordinary = (PLAIN if way in programs else _speed_peers.PLAIN, None)
         program = programs.get(way)
         return {
             "workload": case.workload,
@@ -306,8 +330,6 @@ def measure(case: Case, peers: Peers | None, seconds: float, notes: list[str]) -
             "way": name,
             "method": method,
             "milliseconds": 1e3 * float(np.median(taken[way])),
-            "over_plain": _timing.ratio(taken[way], taken[ordinary]),
-            "over_floor": _timing.ratio(taken[way], taken[FLOOR, None]),
             "rounds": rounds,
             **({} if program is None else program.costs()),
         }
@@ -331,25 +353,29 @@ def tables(rows: Sequence[_Row]) -> list[Titled]:
     found = []
     for (workload, heads), group in _grouped(rows, "workload", "heads"):
         size = f"{workload}, {heads} heads, {group[0]['shared_parameters'] / 1e6:.2g} million shared parameters"
+        first = next((row["method"] for row in group if row["method"]), None)
+        chosen = [row for row in group if row["method"] in (None, first)]
         found.append(
             Titled(
                 f"{size}: milliseconds a step",
-                _by_tasks(group, lambda row: f"{row['milliseconds']:.1f}"),
+                _by_tasks(chosen, lambda row: f"{row['milliseconds']:.1f}"),
                 "Medians of steps in turn, from parameters and batch to the gradients of trunk and heads.",
             )
         )
+        chosen = [row for row in chosen if "traces" in row]
         found.append(
             Titled(
                 f"{size}: temporary memory, MB",
-                _by_tasks([row for row in group if "traces" in row], lambda row: _scaled(row["temporary_bytes"], 1e-6)),
-                "What XLA allocates beside parameters, batch and results. (The floor's results are T times as large.)",
+                _by_tasks(chosen, lambda row: _scaled(row["temporary_bytes"], 1e-6)),
+                "What XLA allocates beside parameters, batch and results. (T gradients alone are results.)",
             )
         )
     found.append(
         Titled(
             "Ratios",
             _ratios(rows),
-            "Plain: one ordinary step on the summed loss, of the same library. TorchJD: its fastest way.",
+            f"Plain: one ordinary step on the summed loss. The floor: {' or '.join(FLOORS)}, the faster. Ours: the "
+            f"fastest of {', '.join(EXACT_WAYS)}, which return the same. TorchJD: its fastest way.",
         )
     )
     found.append(
@@ -363,12 +389,11 @@ def tables(rows: Sequence[_Row]) -> list[Titled]:
 
 
 def findings(rows: Sequence[_Row]) -> list[str]:
-    """The tables in a sentence or two."""
+    """The ratios in a sentence each."""
     found = []
     for name, values in _columns(rows).items():
         known = [value for value in values if value is not None]
-        if known:
-            found.append(f"{name}: {np.median(known):.2f} in the median, {min(known):.2f} to {max(known):.2f}.")
+        found.append(f"{name}: {np.median(known):.2f} in the median, {min(known):.2f} to {max(known):.2f}.")
     return found
 
 
@@ -410,17 +435,18 @@ def _columns(rows: Sequence[_Row]) -> dict[str, list[float | None]]:
     columns: dict[str, list[float | None]] = {}
     for _, ways in _balanced(rows):
         times = {way: row["milliseconds"] for way, row in ways.items()}
-        times["TorchJD"] = min((times[way] for way in _speed_peers.WAYS if way in times), default=None)
-        for name, (way, other) in _RATIOS.items():
-            known = times.get(way) is not None and times.get(other) is not None
-            columns.setdefault(name, []).append(times[way] / times[other] if known else None)
+        for name, several in _FASTEST.items():
+            if known := [times[way] for way in several if way in times]:
+                times[name] = min(known)
+        for a, b in _RATIOS:
+            columns.setdefault(f"{a} / {b}", []).append(times[a] / times[b] if a in times and b in times else None)
     return {name: values for name, values in columns.items() if any(values)}
 
 
 def _ratios(rows: Sequence[_Row]) -> _report.Table:
     columns = _columns(rows)
     lines = [
-        [name, *(_scaled(value, 1) if value is None else f"{value:.2f}" for value in values)]
+        [name, *("–" if value is None else f"{value:.2f}" for value in values)]
         for (name, _), *values in zip(_balanced(rows), *columns.values(), strict=True)
     ]
     return _report.Table(["", *columns], lines)

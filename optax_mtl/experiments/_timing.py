@@ -8,7 +8,6 @@ import time
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
 WARM_UP = 1  # rounds
 
@@ -41,11 +40,6 @@ def interleaved(ways: dict[_Name, Callable[[], Any]], rounds: int) -> dict[_Name
             seconds[name].append(float(done) if isinstance(done, Seconds) else elapsed)
             del done  # or the next way would pay for giving its memory back
     return {name: taken[WARM_UP:] for name, taken in seconds.items()}
-
-
-def ratio(taken: list[float], floor: list[float]) -> float:
-    """How many times as long as `floor`: the ratio of the medians."""
-    return float(np.median(taken) / np.median(floor))
 
 
 class Program:
