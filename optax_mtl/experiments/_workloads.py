@@ -165,7 +165,8 @@ def _norm_params(rng: np.random.Generator, n: int) -> _Params:
 def _norm(p: _Params, x: jax.Array) -> jax.Array:
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(centred**2, axis=-1, keepdims=True)
-    return centred * lax.rsqrt(variance + 1e-5) * p["scale"] + p["bias"]
+    # Not with lax.rsqrt: jaxlib 0.10.2 batches its derivative wrongly on CPU, as in jax-ml/jax#39103.
+    return centred / jnp.sqrt(variance + 1e-5) * p["scale"] + p["bias"]
 
 
 def _attention(qkv: jax.Array) -> jax.Array:
