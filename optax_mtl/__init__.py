@@ -12,6 +12,7 @@ from optax_mtl._gramian import combine, Gramian, task_cross_gramian, task_gramia
 from optax_mtl._light import value_and_light_grads
 from optax_mtl._monitor import monitor, MonitorState, recorded, Records, update_shares
 from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grads
+from optax_mtl._sketch import value_and_sketched_grads
 from optax_mtl._split import split
 from optax_mtl.methods._adaptive_weight_assignment import adaptive_weight_assignment, adaptive_weight_assignment_weights
 from optax_mtl.methods._aligned_mtl import aligned_mtl, aligned_mtl_weights
@@ -218,6 +219,7 @@ __all__ = [
     "uw_so_weights",
     "value_and_feature_grads",
     "value_and_light_grads",
+    "value_and_sketched_grads",
     "value_and_task_grads",
 ]
 

@@ -82,7 +82,7 @@ def defer(source: Source, params: _base.Params, num_tasks: int) -> Any:
 
 
 def by_source(leaves: Sequence[Any]) -> list[tuple[Source, list[int], list[int]]]:
-    """The sources of the deferred ones of `leaves`, each with the indices it knows its leaves by, and their positions."""
+    """The sources of the deferred ones of `leaves`: each, the indices it knows its leaves by, and their positions."""
     positions: dict[int, list[int]] = {}
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, Deferred):

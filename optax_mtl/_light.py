@@ -33,6 +33,9 @@ def value_and_light_grads(
       loss_fn: as for `value_and_task_grads`; or what `split` returned.
       argnums: as for `value_and_task_grads`.
       has_aux: as for `value_and_task_grads`.
+      recompute: whether the weighted sum is pulled back, in one backward pass more, as said. If not, all gradients are
+        kept until then, leaves `(T, *shape)`, but of wide layers outside of loops what they are products of, which is
+        less. That is the fastest where memory is no matter: at most `T` backward passes, and fewer for wide layers.
 
     Returns:
       A function like that of `value_and_task_grads`, with deferred gradients: leaves that know the shape `(T, *shape)`
@@ -59,9 +62,9 @@ def value_and_light_grads(
       >>> params, opt_state, losses = step(params, tx.init(params), batch)
 
     Note:
-      The taps are set by reading the program of `loss_fn` (its jaxpr). A parameter that is used in one place is followed
-      to it, through `jax.jit`, `jax.checkpoint` and `lax.scan`; one that is used in several, or in what cannot be looked
-      into (a `jax.custom_vjp`, `lax.cond`), is tapped before, and its `T` gradients exist for a moment.
+      The taps are set by reading the program of `loss_fn` (its jaxpr). A parameter that is used in one place is
+      followed to it, through `jax.jit`, `jax.checkpoint` and `lax.scan`; one that is used in several, or in what cannot
+      be looked into (a `jax.custom_vjp`, `lax.cond`), is tapped before, and its `T` gradients exist for a moment.
     """
 
     @functools.wraps(loss_fn)

@@ -154,8 +154,8 @@ def pull_back_all(pullback: Callable[[Any], Any], cotangents: Any, strategy: str
         return jax.vmap(pullback)(cotangents)
     if strategy == "loop":
         return lax.map(pullback, cotangents)
-    num_tasks = jax.tree.leaves(cotangents)[0].shape[0]
-    return stack_task_grads([pullback(jax.tree.map(lambda leaf: leaf[i], cotangents)) for i in range(num_tasks)])
+    leaves, treedef = jax.tree.flatten(cotangents)
+    return stack_task_grads([pullback(treedef.unflatten(one)) for one in zip(*leaves, strict=True)])
 
 
 def _fastest(strategy: str, pullback: Callable[[Any], Any], cotangents: Any) -> str:

@@ -1,6 +1,8 @@
 """Gradients that are pulled back when they are asked for, with the weights of the tasks already in."""
 
 from collections.abc import Callable, Sequence
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -45,7 +47,8 @@ class Pullbacks(_deferred.Source):
 
     def gramian(self, indices: Sequence[int], metrics: Sequence[jax.Array] | None) -> jax.Array:
         """See `Source`."""
-        return sum(self.leaf_gramians(indices, metrics, [None] * len(indices)))
+        gramians = self.leaf_gramians(indices, metrics, [None] * len(indices))
+        return functools.reduce(operator.add, gramians)
 
     def combine(self, weights: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
         """See `Source`. One backward pass."""

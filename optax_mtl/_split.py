@@ -100,7 +100,7 @@ class Split:
         return self._collect(results, has_aux)
 
     def with_own_inputs(self, params: Any, batch: Any, has_aux: bool) -> Parts:
-        """Each task's trunk and head, forward and backward, on its own batch; the cotangents are the trunk's gradients."""
+        """Each task's trunk and head, forward and backward, on its own batch; the `cotangents` are of the trunk."""
         results = []
         for head, head_params, own in self.each(params, batch):
 

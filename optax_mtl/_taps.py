@@ -35,12 +35,13 @@ class Tapped(NamedTuple):
 
     Attributes:
       value: the parameter, or as much of it as gets there: one layer's slice, in a scan over layers.
-      companion: what the tap is given: `(T,)`, or `(L, T)` for the layers along the first axis of `value`.
+      companion: what the tap is given: `(T,)`, or `(L, T)` for the layers along the first axis of `value`; or something
+        else that the taps know.
       metric: as `value`, or None.
     """
 
     value: jax.Array
-    companion: jax.Array
+    companion: Any
     metric: jax.Array | None = None
 
     @property
@@ -110,9 +111,11 @@ def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], taps
 
 def _bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     """The results of one equation, as JAX itself evaluates it."""
-    variables = [(var, x) for var, x in zip(eqn.invars, operands, strict=True) if not isinstance(var, core.Literal)]
-    alone = core.Jaxpr((), [var for var, _ in variables], eqn.outvars, [eqn], effects=eqn.effects)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*(x for _, x in variables))
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)  # a pair before jax 0.8
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*functions, *operands, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
 
 
 def _tap(value: Any, taps: Taps) -> Any:
@@ -169,10 +172,8 @@ def _into_scan(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[
 
 def _elementwise(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[Any] | None:
     (tapped,) = operands
-    dtype = eqn.outvars[0].aval.dtype
-    if not taps.follow or not jnp.issubdtype(dtype, jnp.floating):
-        return None
-    return [tapped._replace(value=_bind(eqn, [tapped.value])[0])]
+    value = _bind(eqn, [tapped.value])[0]
+    return [tapped._replace(value=value)] if taps.follow and jnp.issubdtype(value.dtype, jnp.floating) else None
 
 
 def _rearranged(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[Any] | None:

@@ -5,11 +5,11 @@ import functools
 from typing import Any
 
 import jax
-from jax import numpy as jnp
+from jax import lax, numpy as jnp
 import numpy as np
 import optax
 
-from optax_mtl import _base, _gramian
+from optax_mtl import _base, _deferred, _gramian
 
 # rule(gramian, method_state, *, present, losses, params, task_grads, metric, **extra_args) -> (weights, method_state)
 Rule = Callable[..., tuple[jax.Array, Any]]
@@ -39,6 +39,7 @@ def weighting(
     init: Callable[[jnp.dtype, _base.Params], Any] = lambda dtype, params: (),
     *,
     needs_gramian: bool = True,
+    needs_norms: bool = True,
     needs_gradients: bool = False,
     needs_losses: bool = False,
     positive_losses: bool = False,
@@ -59,6 +60,8 @@ def weighting(
         `equal_weights`, `masked_softmax`, `where_present` (in `_base`) and `reciprocal` (in `_solvers`) help with that.
       init: `init(dtype, params)` returns the method's first state; `dtype` is the weights'.
       needs_gramian: whether the rule looks at more than the diagonal.
+      needs_norms: whether it looks at that. If not, deferred gradients are summed without it, and only if the sum is
+        not finite are the norms asked which tasks were to blame.
       needs_gradients: whether the rule looks at `task_grads`, so that a `Gramian` will not do.
       needs_losses: whether `losses` must be given.
       positive_losses: whether the rule is for losses that are not negative (it takes their logarithm, say).
@@ -97,34 +100,40 @@ def weighting(
         if not jax.tree.leaves(updates):  # optax.partition gives every leaf to somebody else: nothing to balance
             return updates, state
 
-        if needs_gramian:
-            gramian = _gramian.task_gramian(updates, metric)
-        else:
-            gramian = jnp.diag(_gramian.task_squared_norms(updates, metric))
-        present, nonfinite = _base.present_tasks(jnp.diagonal(gramian), losses, task_mask, task_finite)
-        gramian = jnp.where(jnp.outer(present, present), gramian, 0)
-        if losses is not None:
-            losses = jnp.where(present, jnp.asarray(losses, gramian.dtype), 1)
-
         # A TPU, or a GPU with TF32, keeps a few digits of a float32 product only, unless it is asked for all: for the
         # rule it is, and the user's own function stays at the user's precision.
         if callable(extra_args.get("value_fn")):
             extra_args["value_fn"] = _at_present_precision(extra_args["value_fn"])
-        with jax.default_matmul_precision("highest"):
-            weights, method_state = rule(
-                gramian,
-                state.method,
-                present=present,
-                losses=losses,
-                params=params,
-                task_grads=updates,
-                metric=metric,
-                **extra_args,
+
+        def balance(gramian: jax.Array) -> tuple[Any, Any]:
+            present, nonfinite = _base.present_tasks(jnp.diagonal(gramian), losses, task_mask, task_finite)
+            gramian = jnp.where(jnp.outer(present, present), gramian, 0)
+            of_present = None if losses is None else jnp.where(present, jnp.asarray(losses, gramian.dtype), 1)
+            with jax.default_matmul_precision("highest"):
+                weights, method_state = rule(
+                    gramian,
+                    state.method,
+                    present=present,
+                    losses=of_present,
+                    params=params,
+                    task_grads=updates,
+                    metric=metric,
+                    **extra_args,
+                )
+            weights = jnp.where(present, weights, 0)
+            return (
+                _gramian.combine(weights, updates),
+                _base.next_balance_state(state, weights, present, nonfinite, method_state),
             )
-        weights = jnp.where(present, weights, 0)
-        return (
-            _gramian.combine(weights, updates),
-            _base.next_balance_state(state, weights, present, nonfinite, method_state),
+
+        if needs_gramian:
+            return balance(_gramian.task_gramian(updates, metric))
+        if needs_norms or not _deferred.is_deferred(updates):
+            return balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))
+        combined = balance(jnp.eye(num_tasks, dtype=_base.accumulator_dtype(updates)))
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(combined[0])]))
+        return lax.cond(
+            finite, lambda: combined, lambda: balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))
         )
 
     return as_weighting(init_fn, update_fn, needs_gradients=needs_gradients)

@@ -147,6 +147,7 @@ def go4align(
         rule,
         lambda dtype, params: init_log_shares(num_tasks, dtype),
         needs_gramian=False,
+        needs_norms=False,
         needs_losses=True,
         positive_losses=True,
     )

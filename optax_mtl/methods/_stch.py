@@ -136,6 +136,7 @@ def stch(
         plain if form == "plain" else log,
         lambda dtype, params: () if form == "plain" else init_epoch_means(num_tasks, 1, dtype),
         needs_gramian=False,
+        needs_norms=False,
         needs_losses=True,
         positive_losses=form == "log",
     )

@@ -7,6 +7,7 @@ from jax import lax, numpy as jnp
 import optax
 
 from optax_mtl import _base
+from optax_mtl._gramian import Gramian, task_gramian
 from optax_mtl._weighting import check_weighting, init_inner, weighting
 
 
@@ -31,8 +32,9 @@ def update_every(
 
     Weights change more slowly than gradients. In the steps between, the inner method is not run at all: there is no
     Gramian and no `T x T` problem, only the tasks' norms, which tell whether a task can take part, and the weighted
-    sum. (Under `jax.vmap` both ways are computed, and one is chosen.) Choose it around methods whose solve is felt, for
-    small networks or many tasks. Guarantees of the inner method hold for the steps in which it runs.
+    sum. With deferred gradients (`value_and_light_grads`) there are not even the norms: such a step costs an ordinary
+    one. (Under `jax.vmap` both ways are computed, and one is chosen.) Choose it with these; or around methods whose
+    solve is felt, for small networks or many tasks. Guarantees of the inner method hold for the steps in which it runs.
 
     Needs what the inner method needs.
 
@@ -77,12 +79,22 @@ def update_every(
         return UpdateEveryState(first.method, first.task_weights, jnp.zeros(num_tasks, jnp.int32))
 
     def rule(
-        gramian: jax.Array, state: UpdateEveryState, *, present: jax.Array, task_grads: Any, **arguments: Any
+        gramian: jax.Array,
+        state: UpdateEveryState,
+        *,
+        present: jax.Array,
+        task_grads: Any,
+        metric: Any,
+        **arguments: Any,
     ) -> tuple[jax.Array, UpdateEveryState]:
         def compute(state: UpdateEveryState) -> UpdateEveryState:
             after: Any
             before = _base.BalanceState(state.weights, present, jnp.zeros_like(state.due), state.inner)
-            _, after = weigher.update(task_grads, before, task_mask=present, **arguments)
+            if weigher.needs_gradients:
+                given, in_metric = task_grads, {"metric": metric}
+            else:  # for the weights their Gramian will do, and they are not summed here
+                given, in_metric = Gramian(task_gramian(task_grads, metric)), {}
+            _, after = weigher.update(given, before, task_mask=present, **in_metric, **arguments)
             due = jnp.where(present, jnp.asarray(every, jnp.int32), state.due)
             return UpdateEveryState(after.method, _base.where_present(present, after.task_weights, state.weights), due)
 
@@ -91,5 +103,11 @@ def update_every(
         return state.weights, state._replace(due=state.due - present.astype(jnp.int32))
 
     return weighting(
-        "update_every", num_tasks, rule, init, needs_gramian=False, needs_gradients=weigher.needs_gradients
+        "update_every",
+        num_tasks,
+        rule,
+        init,
+        needs_gramian=False,
+        needs_norms=False,
+        needs_gradients=weigher.needs_gradients,
     )
