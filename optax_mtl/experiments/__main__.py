@@ -1,4 +1,4 @@
-"""The command line: `optax-mtl compare` and `optax-mtl leaves`, or `python -m optax_mtl.experiments compare`."""
+"""The command line: `optax-mtl compare`, `leaves` and `speed`, or `python -m optax_mtl.experiments compare`."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -9,9 +9,11 @@ import itertools
 import math
 import pathlib
 import shlex
+import shutil
 import sys
 from typing import Any, NoReturn, TypeVar
 
+from optax_mtl.experiments import _speed_peers
 from optax_mtl.experiments._registry import GROUPS, METHODS
 
 BENCHMARKS = {
@@ -43,6 +45,7 @@ examples:
 The report goes to the directory --out: report.md with findings, tables and pictures, results.json with all
 the numbers. Every method runs with its default arguments, the same optimiser and the same budget.
 """
+WORKLOADS = ("mlp", "conv", "transformer")
 _GROUPS = {
     "all": "the library's methods, each on the whole",
     "grain": "four of them on the whole, by layer and by leaf, two around Adam, and equal weighting and mao",
@@ -98,6 +101,12 @@ def _rate(text: str) -> float:
         if 0 < float(text) < math.inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"wanted a number above 0, found {text!r}")
+
+
+def _interpreter(text: str) -> str:
+    if shutil.which(text) is None:
+        raise argparse.ArgumentTypeError(f"wanted a Python interpreter, found {text!r}")
+    return text
 
 
 def _parser(prog: str) -> _Parser:
@@ -168,6 +177,43 @@ def _parser(prog: str) -> _Parser:
     leaves.add_argument(
         "--tasks", dest="num_tasks", type=_whole(100), default=4, metavar="N", help="how many (default: 4)"
     )
+    speed = commands.add_parser(
+        "speed",
+        help="time training steps: against an ordinary one, against the floor, against TorchJD",
+        description="Times what a step computes, from parameters and batch to balanced gradients: against an ordinary "
+        "step, against the gradients of all tasks alone, and against TorchJD on the same network, in the same run. Two "
+        "minutes on two cores; every method and up to 32 tasks with --full, in twenty-five.",
+    )
+    add = speed.add_argument
+    add("--full", action="store_true", help="every method, every network, up to 32 tasks")
+    add(
+        "--workloads",
+        type=_several(_one_of("workload", WORKLOADS)),
+        default=list(WORKLOADS),
+        metavar="A,B,...",
+        help=f"which networks (default: {','.join(WORKLOADS)})",
+    )
+    add(
+        "--tasks",
+        type=_several(_whole(32)),
+        dest="numbers",
+        metavar="N,N,...",
+        help="how many (default: 2,8; with --full 2,4,8,16,32)",
+    )
+    add(
+        "--methods",
+        type=_several(_one_of("method", _speed_peers.PEERS)),
+        metavar="A,B,...",
+        help="which methods, on every network (default: upgrad, and on the mlp some or, with --full, all)",
+    )
+    add(
+        "--peers-python",
+        type=_interpreter,
+        default=sys.executable,
+        metavar="PATH",
+        help="a Python with torch and torchjd (default: this one)",
+    )
+    add("--out", type=pathlib.Path, metavar="DIR", help="where speed.md and speed.json go (default: nowhere)")
     return parser
 
 
@@ -194,10 +240,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing:
         parser.error(f'{", ".join(missing)} not installed. Write: pip install "optax-mtl[experiments]"')
 
-    from optax_mtl.experiments import _compare, _leaves  # need the extra
+    from optax_mtl.experiments import _compare, _leaves, _speed  # need the extra
 
+    as_typed = shlex.join([*prog.split(), *argv])
     if command == "leaves":
         _leaves.run(**options)
+        return
+    if command == "speed":
+        _speed.run(**options, command=as_typed)
         return
     if options["methods"]:
         groups = (GROUPS.get(name, (name,)) for name in options["methods"])
@@ -205,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmark = options.pop("benchmark")
     _compare.compare(
         list(BENCHMARKS) if benchmark == "all" else [benchmark],
-        command=shlex.join([*prog.split(), *argv]),
+        command=as_typed,
         **options,
     )
 

@@ -1,0 +1,536 @@
+"""What a training step costs: against an ordinary one, against the floor of `T` gradients, and against TorchJD."""
+
+from collections.abc import Callable, Iterator, Sequence
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+import tqdm
+
+import optax_mtl as mtl
+from optax_mtl.experiments import _report, _speed_peers, _timing, _workloads
+
+PLAIN = "plain step"
+FLOORS = ("T gradients alone, one by one", "T gradients alone, batched")
+EXACT, LIGHT, KEPT = EXACT_WAYS = ("exact", "light", "light, not recomputed")
+UNSPLIT, FEATURES = "exact, not split", "feature-level"
+METHODS: dict[str, dict[str, Any]] = {  # TorchJD's, with what makes ours do the same
+    "upgrad": {},
+    "dual_proj": {},
+    "mgda": {},
+    "cagrad": {"rescale": 0},
+    "pcgrad": {"key": 0},
+    "gradvac": {"key": 0, "beta": 0.5},
+    "imtl_g": {},
+    "aligned_mtl": {},
+    "fairgrad": {},
+    "nash_mtl": {},
+    "con_fig": {},
+    "krum": {"n_byzantine": 1},
+    "graddrop": {"key": 0},
+    "trimmed_mean": {"k": 1},
+    "mean_tasks": {},
+    "sum_tasks": {},
+}
+
+_FEW_METHODS = ("upgrad", "mgda", "pcgrad")
+_MIXERS = ("graddrop", "trimmed_mean")  # they want the gradients themselves
+_CHECKED = "upgrad"  # other methods of TorchJD stop early, draw lots or are of another scale
+_TASKS = (2, 4, 8, 16, 32)
+_QUICK_SECONDS, _FULL_SECONDS = 5, 25  # a case, but for compiling
+_FEWEST_ROUNDS, _MOST_ROUNDS = 7, 50
+_FASTEST = {"floor": FLOORS, "ours": EXACT_WAYS, "TorchJD": _speed_peers.WAYS, "torch's plain": (_speed_peers.PLAIN,)}
+_RATIOS = (
+    ("floor", PLAIN),
+    ("ours", PLAIN),
+    (FEATURES, PLAIN),
+    (EXACT, "floor"),
+    (LIGHT, "floor"),
+    (KEPT, "floor"),
+    ("TorchJD", "torch's plain"),
+    ("TorchJD", "ours"),
+)
+
+_Row = dict[str, Any]
+_Way = tuple[str, str | None]  # its name, and the method
+_Step = Callable[..., Any]
+
+
+class Case(NamedTuple):
+    """A network, and the methods to time on it."""
+
+    workload: str
+    heads: str
+    num_tasks: int
+    methods: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"{self.workload}, {self.heads} heads, T = {self.num_tasks}"
+
+
+def plan(
+    full: bool,
+    workloads: Sequence[str] = tuple(_workloads.WORKLOADS),
+    numbers: Sequence[int] | None = None,
+    methods: Sequence[str] | None = None,
+) -> list[Case]:
+    """What to measure.
+
+    Args:
+      full: every number of tasks, and every method on one network.
+      workloads: which networks.
+      numbers: of tasks; None for the choice that `full` makes.
+      methods: None for that choice.
+
+    Returns:
+      The cases.
+    """
+    cases = []
+    for workload, heads in itertools.product(workloads, ("light", "heavy")):
+        many = workload == "mlp" and heads == "light"
+        for n in numbers or (_TASKS if full and heads == "light" else (2, 8) if many else (8,)):
+            chosen = ("upgrad",) if not many else tuple(METHODS) if full and n == 8 else _FEW_METHODS
+            if full or heads == "light" or workload == "mlp":
+                cases.append(Case(workload, heads, n, methods or chosen))
+    return cases
+
+
+# -- Our steps -----------------------------------------------------------------
+
+
+def steps(workload: _workloads.Workload, methods: Sequence[str]) -> dict[_Way, tuple[_Step, Any]]:
+    """All ways to make a step's gradients in JAX.
+
+    Args:
+      workload: the network.
+      methods: names of methods; the first of them in some more ways.
+
+    Returns:
+      For each way a function from parameters, state and batch to losses, gradients of trunk and heads, and state; and
+      the state to begin with. The floor's gradients are those of every task, as they come.
+    """
+    loss_fn = mtl.split(workload.trunk, workload.heads)
+
+    def losses_of(params: Any, batch: Any) -> tuple[jax.Array, ...]:
+        features = workload.trunk(params["trunk"], batch)
+        pairs = zip(workload.heads, params["heads"], strict=True)
+        return tuple(head(own, features, batch) for head, own in pairs)
+
+    def plain(params: Any, state: Any, batch: Any) -> Any:
+        def total(params: Any) -> Any:
+            losses = jnp.stack(losses_of(params, batch))
+            return jnp.sum(losses), losses
+
+        (_, losses), grads = jax.value_and_grad(total, has_aux=True)(params)
+        return losses, grads, state
+
+    def gradients_alone(batched: bool) -> _Step:
+        def floor(params: Any, state: Any, batch: Any) -> Any:
+            features, pull_back = jax.vjp(lambda trunk: workload.trunk(trunk, batch), params["trunk"])
+            results = [
+                jax.value_and_grad(head, argnums=(0, 1))(own, features, batch)
+                for head, own in zip(workload.heads, params["heads"], strict=True)
+            ]
+            losses, grads = zip(*results, strict=True)
+            heads, cotangents = zip(*grads, strict=True)
+            if batched:
+                (trunk,) = jax.vmap(pull_back)(jnp.stack(cotangents))
+            else:
+                trunk = [pull_back(cotangent)[0] for cotangent in cotangents]
+            return losses, {"trunk": trunk, "heads": heads}, state
+
+        return floor
+
+    def balanced(oracle: _Step, tx: Any) -> _Step:
+        def step(params: Any, state: Any, batch: Any) -> Any:
+            losses, task_grads = oracle(params, batch)
+            grads, state = tx.update(task_grads, state, params, losses=losses)
+            return losses, grads, state
+
+        return step
+
+    found: dict[_Way, tuple[_Step, Any]] = {(PLAIN, None): (plain, ())}
+    found |= {(name, None): (gradients_alone(batched), ()) for name, batched in zip(FLOORS, (False, True), strict=True)}
+    for method in methods:
+        num_tasks = len(workload.heads)
+        tx = mtl.shared_and_heads(getattr(mtl, method)(num_tasks, **METHODS[method]), loss_fn.shared)
+        oracles = {EXACT: mtl.value_and_task_grads(loss_fn)}
+        if method not in _MIXERS:
+            oracles[LIGHT] = mtl.value_and_light_grads(loss_fn)
+            oracles[KEPT] = mtl.value_and_light_grads(loss_fn, recompute=False)
+        if method == methods[0]:
+            oracles[UNSPLIT] = mtl.value_and_task_grads(losses_of)
+            if method not in _MIXERS:
+                oracles[FEATURES] = mtl.value_and_feature_grads(loss_fn)
+        for name, oracle in oracles.items():
+            found[name, method] = balanced(oracle, tx), tx.init(workload.params)
+    return found
+
+
+def _runner(program: _timing.Program, workload: _workloads.Workload, state: Any) -> Callable[[], Any]:
+    def run() -> Any:
+        nonlocal state
+        losses, grads, state = program(workload.params, state, workload.batch)
+        return losses, grads, state
+
+    return run
+
+
+# -- Their steps ---------------------------------------------------------------
+
+
+class PeersError(Exception):
+    """TorchJD is not there, or could not do what was asked for."""
+
+
+class Peers:
+    """TorchJD in a process of its own, which takes turns with this one."""
+
+    def __init__(self, python: str) -> None:
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process is)
+        self._process = subprocess.Popen(
+            [python, _speed_peers.__file__, str(_timing.cores())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+        )
+        try:
+            self.versions = self._answer()
+        except PeersError:
+            self.close()
+            raise
+
+    def ask(self, do: str, **given: Any) -> dict[str, Any]:
+        """What it answers to a command."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **given}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+        self._stderr.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            self._stderr.seek(0)
+            last = self._stderr.read().strip().rpartition("\n")[2]
+            raise PeersError(f"its process ended with exit status {status}: {last}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise PeersError(answer["error"])
+        return answer
+
+
+def _peer_runners(
+    peers: Peers, case: Case, workload: _workloads.Workload, ours: dict[_Way, Callable[[], Any]], notes: list[str]
+) -> dict[_Way, Callable[[], Any]]:
+    """TorchJD's ways to make the same gradients; what fails is noted."""
+
+    def runner(way: str, method: str | None) -> Callable[[], Any]:
+        return lambda: _timing.Seconds(peers.ask("step", way=way, method=method)["seconds"])
+
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    ways: list[_Way] = [(_speed_peers.PLAIN, None)]
+    ways += [(way, method) for method in case.methods for way in _speed_peers.ways(method, case.num_tasks)]
+    found: dict[_Way, Callable[[], Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        arrays, grads = (str(pathlib.Path(folder, name)) for name in ("network.npz", "grads.npz"))
+        content = _by_path({**workload.params, **workload.batch})
+        np.savez(arrays, attention_heads=_workloads.ATTENTION_HEADS, **content)
+        peers.ask("load", kind=case.workload, arrays=arrays, device=device)
+        for way, method in ways:
+            run = runner(way, method)
+            try:
+                run()
+            except PeersError as error:
+                notes.append(f"{case}: {way}, {method}: {error}")
+                continue
+            found[way, method] = run
+            if method in (None, _CHECKED):
+                peers.ask("save", arrays=grads)
+                with np.load(grads) as loaded:
+                    difference = _difference(dict(loaded), _results(ours[EXACT if method else PLAIN, method]))
+                if difference:
+                    notes.append(f"{case}: {way}, {method}: {difference}")
+                    del found[way, method]
+    return found
+
+
+def _results(run: Callable[[], Any]) -> dict[str, Any]:
+    """What a way of ours returns: losses, and the gradients of the trunk by path."""
+    losses, grads, _ = run()
+    return {"losses": np.asarray(losses), **_by_path({"trunk": grads["trunk"]})}
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """What is wrong with results, if anything: unless two ways do the same, their times say nothing."""
+    # One ReLU that goes the other way is 0.4 % of a gradient; and GPUs multiply matrices with fewer digits.
+    losses, gradients = (1e-4, 2e-2) if jax.default_backend() == "cpu" else (1e-2, 1e-1)
+    trunk = [path for path in wanted if path != "losses"]
+    for what, paths, tolerance in (("losses", ["losses"], losses), ("gradients", trunk, gradients)):
+        a, b = (np.concatenate([np.ravel(of[path]) for path in paths]) for of in (found, wanted))
+        distance = np.linalg.norm(a - b) / np.linalg.norm(b)
+        if not distance <= tolerance:
+            return f"left out, as its {what} differ by {distance:.1g} from ours, relatively"
+    return None
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+# -- Measuring -----------------------------------------------------------------
+
+
+def measure(case: Case, peers: Peers | None, seconds: float, notes: list[str]) -> list[_Row]:
+    """Times all ways of a case in turn.
+
+    Args:
+      case: the network and the methods.
+      peers: TorchJD, if it is there.
+      seconds: how long, about.
+      notes: takes what could not be timed.
+
+    Returns:
+      A row for each way.
+    """
+    workload = _workloads.WORKLOADS[case.workload](case.num_tasks, case.heads == "heavy")
+    methods = [name for name in case.methods if case.num_tasks >= _speed_peers.PEERS[name].least_tasks]
+    case = case._replace(methods=methods)
+    programs, ways = {}, {}
+    for way, (step, state) in steps(workload, methods).items():
+        programs[way] = _timing.Program(step, workload.params, state, workload.batch)
+        ways[way] = _runner(programs[way], workload, state)
+    for name in (LIGHT, KEPT, UNSPLIT):
+        if (name, _CHECKED) in ways:
+            difference = _difference(_results(ways[name, _CHECKED]), _results(ways[EXACT, _CHECKED]))
+            if difference:
+                notes.append(f"{case}: {name}, {_CHECKED}: {difference}")
+                del ways[name, _CHECKED]
+    if peers is not None:
+        ways |= _peer_runners(peers, case, workload, ways, notes)
+
+    start = time.perf_counter()
+    _timing.interleaved(ways, 1)
+    a_round = (time.perf_counter() - start) / (1 + _timing.WARM_UP)
+    rounds = min(max(round(seconds / a_round), _FEWEST_ROUNDS), _MOST_ROUNDS)
+    taken = _timing.interleaved(ways, rounds)
+
+    def row(way: _Way) -> _Row:
+        name, method = way
+        program = programs.get(way)
+        return {
+            "workload": case.workload,
+            "heads": case.heads,
+            "tasks": case.num_tasks,
+            "shared_parameters": sum(leaf.size for leaf in jax.tree.leaves(workload.params["trunk"])),
+            "way": name,
+            "method": method,
+            "milliseconds": 1e3 * float(np.median(taken[way])),
+            "rounds": rounds,
+            **({} if program is None else program.costs()),
+        }
+
+    return [row(way) for way in ways]
+
+
+# -- Tables --------------------------------------------------------------------
+
+
+class Titled(NamedTuple):
+    """A table, with its title and how to read it."""
+
+    title: str
+    table: _report.Table
+    legend: str
+
+
+def tables(rows: Sequence[_Row]) -> list[Titled]:
+    """The tables of whole steps."""
+    found = []
+    for (workload, heads), group in _grouped(rows, "workload", "heads"):
+        size = f"{workload}, {heads} heads, {group[0]['shared_parameters'] / 1e6:.2g} million shared parameters"
+        first = next((row["method"] for row in group if row["method"]), None)
+        chosen = [row for row in group if row["method"] in (None, first)]
+        found.append(
+            Titled(
+                f"{size}: milliseconds a step",
+                _by_tasks(chosen, lambda row: f"{row['milliseconds']:.1f}"),
+                "Medians of steps in turn, from parameters and batch to the gradients of trunk and heads.",
+            )
+        )
+        chosen = [row for row in chosen if "traces" in row]
+        found.append(
+            Titled(
+                f"{size}: temporary memory, MB",
+                _by_tasks(chosen, lambda row: _scaled(row["temporary_bytes"], 1e-6)),
+                "What XLA allocates beside parameters, batch and results. (T gradients alone are results.)",
+            )
+        )
+    found.append(
+        Titled(
+            "Ratios",
+            _ratios(rows),
+            f"Plain: one ordinary step on the summed loss. The floor: {' or '.join(FLOORS)}, the faster. Ours: the "
+            f"fastest of {', '.join(EXACT_WAYS)}, which return the same. TorchJD: its fastest way.",
+        )
+    )
+    found.append(
+        Titled(
+            "Programs",
+            _programs(rows),
+            "FLOPs as XLA counts them, the body of a loop once; traces after all the steps.",
+        )
+    )
+    return found
+
+
+def findings(rows: Sequence[_Row]) -> list[str]:
+    """The ratios in a sentence each."""
+    found = []
+    for name, values in _columns(rows).items():
+        known = [value for value in values if value is not None]
+        found.append(f"{name}: {np.median(known):.2f} in the median, {min(known):.2f} to {max(known):.2f}.")
+    return found
+
+
+def _grouped(rows: Sequence[_Row], *keys: str) -> Iterator[tuple[tuple[Any, ...], list[_Row]]]:
+    def key(row: _Row) -> tuple[Any, ...]:
+        return tuple(row[k] for k in keys)
+
+    for values in dict.fromkeys(map(key, rows)):
+        yield values, [row for row in rows if key(row) == values]
+
+
+def _name(row: _Row) -> str:
+    return row["way"] if row["method"] is None else f"{row['method']}, {row['way']}"
+
+
+def _scaled(number: float | None, factor: float) -> str:
+    return "–" if number is None else f"{number * factor:.1f}"
+
+
+def _by_tasks(rows: Sequence[_Row], text: Callable[[_Row], str]) -> _report.Table:
+    """Ways by numbers of tasks, those that all numbers have."""
+    numbers = dict.fromkeys(row["tasks"] for row in rows)
+    lines = [
+        [_name(same[0]), *map(text, same)] for _, same in _grouped(rows, "way", "method") if len(same) == len(numbers)
+    ]
+    return _report.Table(["", *(f"T = {n}" for n in numbers)], lines)
+
+
+def _balanced(rows: Sequence[_Row]) -> Iterator[tuple[str, dict[str, _Row]]]:
+    """Each case with each method, and its rows by way."""
+    for (workload, heads, tasks), case in _grouped(rows, "workload", "heads", "tasks"):
+        ordinary = {row["way"]: row for row in case if row["method"] is None}
+        for (method,), ways in _grouped([row for row in case if row["method"]], "method"):
+            yield f"{workload}, {heads} heads, T = {tasks}: {method}", ordinary | {row["way"]: row for row in ways}
+
+
+def _columns(rows: Sequence[_Row]) -> dict[str, list[float | None]]:
+    """Ratios, one of each kind for each case with each method; None where there is nothing to compare."""
+    columns: dict[str, list[float | None]] = {}
+    for _, ways in _balanced(rows):
+        times = {way: row["milliseconds"] for way, row in ways.items()}
+        for name, several in _FASTEST.items():
+            if known := [times[way] for way in several if way in times]:
+                times[name] = min(known)
+        for a, b in _RATIOS:
+            columns.setdefault(f"{a} / {b}", []).append(times[a] / times[b] if a in times and b in times else None)
+    return {name: values for name, values in columns.items() if any(values)}
+
+
+def _ratios(rows: Sequence[_Row]) -> _report.Table:
+    columns = _columns(rows)
+    lines = [
+        [name, *("–" if value is None else f"{value:.2f}" for value in values)]
+        for (name, _), *values in zip(_balanced(rows), *columns.values(), strict=True)
+    ]
+    return _report.Table(["", *columns], lines)
+
+
+def _programs(rows: Sequence[_Row]) -> _report.Table:
+    """What does not vary, for the case with most methods."""
+    _, most = max(_grouped(rows, "workload", "heads", "tasks"), key=lambda case: (len(case[1]), case[0][2]))
+    lines = [
+        [
+            _name(row),
+            f"{row['compile_seconds']:.1f}",
+            str(row["traces"]),
+            _scaled(row["flops"], 1e-9),
+            _scaled(row["temporary_bytes"], 1e-6),
+        ]
+        for row in most
+        if "traces" in row
+    ]
+    case = f"{most[0]['workload']}, {most[0]['heads']} heads, T = {most[0]['tasks']}"
+    return _report.Table([case, "compile time, s", "traces", "GFLOP", "temporary memory, MB"], lines)
+
+
+# -- The command ---------------------------------------------------------------
+
+
+def run(*, full: bool, peers_python: str, out: pathlib.Path | None, command: str, **choice: Any) -> None:
+    """Measures, prints, and writes a report.
+
+    Args:
+      full: whether to measure all there is.
+      peers_python: an interpreter that may have TorchJD.
+      out: directory for `speed.md` and `speed.json`; None for neither.
+      command: what was typed, for the report.
+      **choice: as for `plan`.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is to have its part of the GPU
+    start = time.perf_counter()
+    notes: list[str] = []
+    rows: list[_Row] = []
+    machine = _timing.machine()
+    peers = None
+    try:
+        peers = Peers(peers_python)
+        machine |= peers.versions
+    except PeersError as error:
+        notes.append(f"Without TorchJD ({error}). Write: pip install 'optax-mtl[peers]'")
+    try:
+        cases = plan(full, **choice)
+        with tqdm.tqdm(cases, bar_format="{desc:36}|{bar}| {n}/{total} {elapsed}", disable=None, leave=False) as bar:
+            for case in bar:
+                bar.set_description_str(str(case))
+                rows += measure(case, peers, _FULL_SECONDS if full else _QUICK_SECONDS, notes)
+    finally:
+        if peers is not None:
+            peers.close()
+
+    introduction = (
+        "Training steps, from parameters and batch to the gradients of trunk and heads, on "
+        + ", ".join(f"{name} {value}" for name, value in machine.items())
+        + "."
+    )
+    found = tables(rows)
+    bullets = [*findings(rows), *notes]
+    for titled in found:
+        print(f"{titled.title}\n\n{titled.table.text()}\n\n{_report.wrapped(titled.legend)}\n")
+    print(f"{_report.wrapped(introduction)}\n\n{_report.bullets(bullets, 100)}\n")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        parts = ["# Speed", introduction, f"    {command}", _report.bullets(bullets)]
+        parts += [f"## {titled.title}\n\n{titled.table.markdown()}\n\n{titled.legend}" for titled in found]
+        (out / "speed.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        content = {"command": command, "machine": machine, "notes": notes, "steps": rows}
+        (out / "speed.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"{time.perf_counter() - start:.0f} s. Tables and all numbers: {out / 'speed.md'}")
