@@ -208,18 +208,18 @@ def _contract(first: jax.Array, second: jax.Array, metric: jax.Array | None, dty
 
 
 def _contract_chunks(first: jax.Array, second: jax.Array, metric: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    leaves = _flat(first), _flat(second), None if metric is None else metric.reshape(-1)
+    leaves: Any = _flat(first), _flat(second), None if metric is None else metric.reshape(-1)
     num_tasks, size = leaves[0].shape
     columns = min(max(_CHUNK // num_tasks, 1), size)
     whole = size // columns
 
     def add_chunk(i: jax.Array, carry: Any) -> Any:
         total, leaves = carry
-        chunk = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * columns, columns, x.ndim - 1), leaves)
+        chunk: Any = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * columns, columns, x.ndim - 1), leaves)
         # They could stand outside the loop, where XLA would then widen half precision: a copy of all gradients.
         return total + _contract(*chunk, dtype), lax.optimization_barrier(leaves)
 
-    rest = jax.tree.map(lambda x: x[..., whole * columns :], leaves)
+    rest: Any = jax.tree.map(lambda x: x[..., whole * columns :], leaves)
     total, _ = lax.fori_loop(0, whole, add_chunk, (_contract(*rest, dtype), leaves))
     return total
 

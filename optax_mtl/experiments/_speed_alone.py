@@ -14,7 +14,7 @@ import optax
 
 import optax_mtl as mtl
 from optax_mtl import _weighting
-from optax_mtl.experiments import _speed_peers, _timing
+from optax_mtl.experiments import _timing
 
 _Row = dict[str, Any]
 _Make = Callable[[int], Any]  # a method, from the number of tasks
@@ -199,7 +199,7 @@ def _balancing_row(
     given = extra_args(num_tasks)
     state = tx.init(params)
     update = jax.jit(lambda grads, state: tx.update(grads, state, params, **given), donate_argnums=1)
-    program = update.lower(task_grads, state).compile()
+    memory = update.lower(task_grads, state).compile().memory_analysis()
 
     def step() -> Any:
         nonlocal state
@@ -219,7 +219,7 @@ def _balancing_row(
         "multiply_milliseconds": 1e3 * medians["multiply"],
         "over_floor": medians["step"] / floor,
         "state_over_gradients": _bytes(state) / size,
-        "temporary_over_gradients": program.memory_analysis().temp_size_in_bytes / size,
+        "temporary_over_gradients": None if memory is None else memory.temp_size_in_bytes / size,
         "rounds": rounds,
     }
 
@@ -346,9 +346,7 @@ def _gramians(kind: str, num_tasks: int, number: int) -> jax.Array:
         factors = rng.standard_normal((number, num_tasks, rank)), rng.standard_normal((number, rank, 200))
         grads = np.matmul(*factors)
     elif kind == "badly scaled":
-        grads *= np.logspace(-4, 4, num_tasks)[rng.permuted(np.tile(np.arange(num_tasks), (number, 1)), axis=1)][
-            ..., None
-        ]
+        grads *= rng.permuted(np.tile(np.logspace(-4, 4, num_tasks), (number, 1)), axis=1)[..., None]
     elif kind == "nearly parallel":
         grads = rng.standard_normal((number, 1, 200)) + 1e-2 * grads
     return jnp.asarray(grads @ grads.transpose(0, 2, 1), jnp.float32)
