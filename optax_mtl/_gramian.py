@@ -215,12 +215,12 @@ def _contract_chunks(first: jax.Array, second: jax.Array, metric: jax.Array | No
 
     def add_chunk(i: jax.Array, carry: Any) -> Any:
         total, leaves = carry
-        chunk: Any = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * columns, columns, x.ndim - 1), leaves)
+        a, b, m = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * columns, columns, x.ndim - 1), leaves)
         # They could stand outside the loop, where XLA would then widen half precision: a copy of all gradients.
-        return total + _contract(*chunk, dtype), lax.optimization_barrier(leaves)
+        return total + _contract(a, b, m, dtype), lax.optimization_barrier(leaves)
 
-    rest: Any = jax.tree.map(lambda x: x[..., whole * columns :], leaves)
-    total, _ = lax.fori_loop(0, whole, add_chunk, (_contract(*rest, dtype), leaves))
+    a, b, m = jax.tree.map(lambda x: x[..., whole * columns :], leaves)
+    total, _ = lax.fori_loop(0, whole, add_chunk, (_contract(a, b, m, dtype), leaves))
     return total
 
 
