@@ -4,7 +4,7 @@ import os
 import warnings
 
 import jax
-import jaxlib
+import jaxlib.version
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 
@@ -17,7 +17,7 @@ def batching_is_wrong() -> bool:
     not, nor does it with the flag.
     """
     return (
-        jaxlib.__version__ == "0.10.2"
+        jaxlib.version.__version__ == "0.10.2"
         and jax.default_backend() == "cpu"
         and _FLAG.split("=")[0] not in os.environ.get("XLA_FLAGS", "")
     )

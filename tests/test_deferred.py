@@ -472,7 +472,7 @@ def test_a_batch_of_normalisations(oracle):
 
 def test_the_release_that_gets_batches_wrong_is_warned_of(monkeypatch):
     loss_fn = lambda w: lax.scan(lambda z, p: (jnp.tanh(z * p), None), jnp.ones(2), w)[0]
-    monkeypatch.setattr("jaxlib.__version__", "0.10.2")
+    monkeypatch.setattr("jaxlib.version.__version__", "0.10.2")
     monkeypatch.setenv("XLA_FLAGS", "")
     with pytest.warns(UserWarning, match="value_and_light_grads pulls the tasks back in a batch, and jaxlib 0.10.2"):
         LIGHT(loss_fn)(jnp.ones(3))
