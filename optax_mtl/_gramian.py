@@ -1,9 +1,11 @@
 """The border between trees and matrices: `task_gramian` goes in, `combine` comes out.
 
-Both read the `T` gradients once and build nothing of their size. Two facts about XLA on a CPU shape the code. A
+Both read the `T` gradients once and build nothing of their size. Three facts about XLA on a CPU shape the code. A
 matrix product over two parameter axes takes several times as long as one over a single flattened axis, and that is
-slower again than one over chunks that fit the cache. And `T` unrolled multiply-adds fuse into one loop at the speed of
-reading, and set aside non-finite rows for nothing, where `tensordot` needs a sanitised copy first.
+slower again than one over chunks that fit the cache. For few tasks one loop that sums all `T (T + 1) / 2` products side
+by side is faster than either: nothing is copied, and blocks of it run on all cores. And `T` unrolled multiply-adds fuse
+into one loop at the speed of reading, and set aside non-finite rows for nothing, where `tensordot` needs a sanitised
+copy first.
 """
 
 from collections.abc import Callable
@@ -14,11 +16,16 @@ from typing import Any
 
 import jax
 from jax import lax, numpy as jnp
+import numpy as np
 
 from optax_mtl import _base, _deferred
 
-_CHUNK = 4096  # columns; T of them stay in the first cache levels up to T = 64
-UNROLL = 32  # tasks; beyond, a matrix product keeps the compiled program small
+_SMALL = 4096  # parameters; up to here how it is done makes no difference
+_CHUNK = 65536  # numbers in the columns that a product takes at a time: in the second cache, and enough for two threads
+_BLOCK = 2048  # columns in a loop that sums products of rows side by side;
+_SIDE_BY_SIDE = 21  # up to so many: they take time for each, where a matrix product is of one piece
+_FEW_SUMS = 8
+UNROLL = 32  # tasks; beyond, a loop keeps the compiled program small
 
 
 @jax.tree_util.register_pytree_node_class
@@ -188,14 +195,24 @@ def task_products(task_grads: _base.TaskGrads, direction: _base.Params) -> jax.A
 def _leaf_products(first: jax.Array, second: jax.Array, metric: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     # A product over all parameter axes leaves a sharded leaf where it is, and ends in one all-reduce of (T, T);
     # flattening it first would gather it. With a single device nothing is sharded, and the CPU wants chunks.
-    if first.size <= first.shape[0] * _CHUNK or jax.device_count() > 1:
+    num_tasks = first.shape[0]
+    if first.size <= num_tasks * _SMALL or jax.device_count() > 1:
         return _contract(first, second, metric, dtype)
-    leaves = (first, second) if metric is None else (first, second, metric)
-    return lax.platform_dependent(
-        *leaves,
-        cpu=lambda a, b, m=None: _contract_chunks(a, b, m, dtype),
-        default=lambda a, b, m=None: _contract(a, b, m, dtype),
-    )
+    symmetric = first is second
+    number = num_tasks * (num_tasks + 1) // 2 if symmetric else num_tasks**2
+    # What is computed from the gradients first, a wider dtype say, XLA would store if many sums share it.
+    as_they_are = metric is None and first.dtype == second.dtype == dtype
+    on_cpu = _sum_side_by_side if as_they_are and number <= _SIDE_BY_SIDE else _contract_chunks
+
+    def on(contract: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def run(a: jax.Array, b: jax.Array | None, m: jax.Array | None) -> jax.Array:
+            return contract(a, a if b is None else b, m, dtype)
+
+        return run
+
+    leaves = first, None if symmetric else second, metric
+    products: jax.Array = lax.platform_dependent(*leaves, cpu=on(on_cpu), default=on(_contract))
+    return products
 
 
 def _contract(first: jax.Array, second: jax.Array, metric: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
@@ -208,18 +225,47 @@ def _contract(first: jax.Array, second: jax.Array, metric: jax.Array | None, dty
 
 
 def _contract_chunks(first: jax.Array, second: jax.Array, metric: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    num_tasks, size = first.shape[0], math.prod(first.shape[1:])
-    a, b = first.reshape(num_tasks, size), second.reshape(num_tasks, size)
-    m = None if metric is None else metric.reshape(size)
-    whole = size // _CHUNK
+    leaves: Any = _flat(first), _flat(second), None if metric is None else metric.reshape(-1)
+    num_tasks, size = leaves[0].shape
+    columns = min(max(_CHUNK // num_tasks, 1), size)
+    whole = size // columns
 
-    def products(take: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        return _contract(take(a), take(b), None if m is None else take(m), dtype)
+    def add_chunk(i: jax.Array, carry: Any) -> Any:
+        total, leaves = carry
+        a, b, m = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * columns, columns, x.ndim - 1), leaves)
+        # They could stand outside the loop, where XLA would then widen half precision: a copy of all gradients.
+        return total + _contract(a, b, m, dtype), lax.optimization_barrier(leaves)
 
-    def add_chunk(i: jax.Array, total: jax.Array) -> jax.Array:
-        return total + products(lambda flat: lax.dynamic_slice_in_dim(flat, i * _CHUNK, _CHUNK, flat.ndim - 1))
+    a, b, m = jax.tree.map(lambda x: x[..., whole * columns :], leaves)
+    total, _ = lax.fori_loop(0, whole, add_chunk, (_contract(a, b, m, dtype), leaves))
+    return total
 
-    return lax.fori_loop(0, whole, add_chunk, products(lambda flat: flat[..., whole * _CHUNK :]))
+
+def _sum_side_by_side(first: jax.Array, second: jax.Array, metric: None, dtype: jnp.dtype) -> jax.Array:
+    a, b = _flat(first), _flat(second)
+    pairs = [(i, j) for i in range(len(a)) for j in range(i if first is second else 0, len(a))]
+    # Each sum is a chain of additions that wait for one another: it takes several to keep a core busy.
+    streams = 2 if len(pairs) < _FEW_SUMS else 1
+    blocks = a.shape[1] // (streams * _BLOCK)
+    part = blocks * _BLOCK
+
+    def row(matrix: jax.Array, task: int, stream: int) -> jax.Array:
+        return lax.slice_in_dim(matrix[task], stream * part, (stream + 1) * part).reshape(blocks, _BLOCK)
+
+    def add(xs: Any, ys: Any) -> Any:
+        return [x + y for x, y in zip(xs, ys, strict=True)]
+
+    terms = [row(a, i, stream) * row(b, j, stream) for stream in range(streams) for i, j in pairs]
+    sums = jnp.stack(lax.reduce(terms, [jnp.zeros((), dtype)] * len(terms), add, (1,)))
+    of_pairs = jnp.sum(sums.reshape(streams, len(pairs), blocks), axis=(0, 2))
+    number = {(j, i): k for k, (i, j) in enumerate(pairs)} | {pair: k for k, pair in enumerate(pairs)}
+    matrix = np.array([[number[i, j] for j in range(len(a))] for i in range(len(a))])
+    rest = slice(streams * part, None)
+    return of_pairs[matrix] + _contract(a[:, rest], b[:, rest], None, dtype)
+
+
+def _flat(leaf: jax.Array) -> jax.Array:
+    return leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
 
 
 def combine(weights: jax.Array, task_grads: _base.TaskGrads) -> Any:
@@ -249,10 +295,21 @@ def combine_leaf(weights: jax.Array, leaf: jax.Array) -> jax.Array:
         return layered
     dtype = _base.accumulator_dtype(leaf)
     w = weights.astype(dtype)
-    if leaf.shape[0] <= UNROLL:
-        return combine_rows(w, lambda i: leaf[i].astype(dtype)).astype(leaf.dtype)
-    kept = jnp.where((w == 0).reshape((-1,) + (1,) * (leaf.ndim - 1)), 0, leaf)
-    total = jnp.tensordot(w, kept.astype(dtype), axes=1, precision=lax.Precision.HIGHEST)
+    num_tasks = leaf.shape[0]
+    # Of more rows in half precision, XLA on a CPU would make a wider copy first.
+    rows = UNROLL if leaf.dtype == dtype else UNROLL // 4
+
+    first = num_tasks - (num_tasks - 1) // rows * rows
+    total = combine_rows(w[:first], lambda i: leaf[i].astype(dtype))
+
+    def add(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total, leaf = carry
+        leaf = lax.optimization_barrier(leaf)
+        of_some, some = (lax.dynamic_slice_in_dim(x, first + k * rows, rows) for x in (w, leaf))
+        return total + combine_rows(of_some, lambda i: some[i].astype(dtype)), leaf
+
+    if first < num_tasks:
+        total, _ = lax.fori_loop(0, (num_tasks - first) // rows, add, (total, leaf))
     return total.astype(leaf.dtype)
 
 

@@ -435,8 +435,9 @@ def _active_set(matrix: jax.Array, linear: jax.Array, allowed: jax.Array, start:
     """Minimises `x^T A x / 2 - linear^T x` over `x >= 0`.
 
     Each round solves on the support. If the solution leaves the orthant, goes as far as the first bound it meets and
-    takes what meets it out of the support; else lets in the variable that gains most, or ends. The objective falls in
-    every round, so no support comes twice.
+    takes what meets it out of the support; else lets in all variables that gain, or ends. Of those let in, some that
+    are in the others' way go out again at once, and at least one stays, so that the objective falls: no support comes
+    twice. Should rounding tell otherwise, none is let in again before the point has moved.
 
     Args:
       matrix: `(T, T)`, `A`, positive semi-definite with unit diagonal, or more.
@@ -449,7 +450,10 @@ def _active_set(matrix: jax.Array, linear: jax.Array, allowed: jax.Array, start:
     """
     num_tasks = len(linear)
 
-    def advance(at: _Iterate) -> _Iterate:
+    precision = jnp.finfo(linear.dtype).eps
+
+    def advance(carry: tuple[_Iterate, jax.Array]) -> tuple[_Iterate, jax.Array]:
+        at, refused = carry
         (target,) = _solve_on(at.support, matrix, linear)
         blocked = at.support & (target <= 0)
         leaves = jnp.any(blocked)
@@ -457,14 +461,20 @@ def _active_set(matrix: jax.Array, linear: jax.Array, allowed: jax.Array, start:
         step = jnp.minimum(jnp.min(reach), 1)
         support = at.support & ~(blocked & (reach <= step))
         x = jnp.where(support, jnp.maximum(at.x + step * (target - at.x), 0), 0)
+        moved = jnp.max(jnp.abs(x - at.x)) > 4 * precision * jnp.max(x)
+        refused = ~moved & (refused | (at.support & ~support))
 
-        gradient = jnp.where(allowed & ~support, matrix @ x - linear, jnp.inf)
-        slack = 16 * jnp.finfo(x.dtype).eps * jnp.maximum(1, jnp.max(x))
-        enters = ~leaves & (jnp.min(gradient) < -slack)
-        support = support | (enters & (jnp.arange(num_tasks) == jnp.argmin(gradient)))
-        return _Iterate(x, support, ~leaves & ~enters, at.rounds + 1)
+        slack = 16 * precision * jnp.maximum(1, jnp.max(x))
+        enters = ~leaves & allowed & ~support & ~refused & (matrix @ x - linear < -slack)
+        done = ~leaves & ~jnp.any(enters)
+        return _Iterate(x, support | enters, done, at.rounds + 1), refused
 
-    return lax.while_loop(lambda at: ~at.done & (at.rounds < 20 + 10 * num_tasks), advance, start)
+    def unsolved(carry: tuple[_Iterate, jax.Array]) -> jax.Array:
+        at, _ = carry
+        return ~at.done & (at.rounds < 20 + 10 * num_tasks)
+
+    last, _ = lax.while_loop(unsolved, advance, (start, jnp.zeros_like(allowed)))
+    return last
 
 
 def _violation(gradient: jax.Array, x: jax.Array, allowed: jax.Array) -> jax.Array:

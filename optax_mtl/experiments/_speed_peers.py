@@ -6,6 +6,8 @@ commands, one JSON object a line, and answers each with a line: `{"error": ...}`
   {"do": "load", "kind": "mlp", "arrays": "network.npz", "device": "cpu"}   a network with its weights and its batch
   {"do": "step", "way": "TorchJD: autogram", "method": "upgrad"}            -> {"seconds": ...}
   {"do": "save", "arrays": "grads.npz"}                                     the losses and gradients of the last step
+  {"do": "load_matrix", "arrays": "matrix.npz", "device": "cpu"}            one row a task, and two more such samples
+  {"do": "aggregate", "method": "upgrad"}                                   -> {"seconds": ...}
 """
 
 from collections.abc import Callable
@@ -57,6 +59,19 @@ PEERS = {
     "mean_tasks": Peer("Mean", weighs=False),
     "sum_tasks": Peer("Sum", weighs=False),
 }
+
+
+# What it has besides, from its module `aggregation` and the number of tasks; weights of two samples by themselves.
+ALONE: dict[str, Callable[[Any, int], Any]] = {
+    "pcd": lambda td, n: td.PCD(),
+    "excess_mtl": lambda td, n: td.ExcessMTL(),
+    "rlw": lambda td, n: td.Random(),
+    "linear_scalarization": lambda td, n: td.Constant(_one_to(n)),
+    "cr_mogm": lambda td, n: td.GramianWeightedAggregator(td.CRMOGMWeighting(td.MGDAWeighting())),
+    "modo": lambda td, n: td.MoDoWeighting(),
+    "sdmgrad": lambda td, n: td.SDMGradWeighting(),
+}
+_OF_SAMPLES = ("modo", "sdmgrad")
 
 
 def ways(method: str, num_tasks: int) -> list[str]:
@@ -232,6 +247,34 @@ class Worker:
         np.savez(arrays, losses=[loss.item() for loss in losses], **network.grads())
         return {}
 
+    def load_matrix(self, arrays: str, device: str) -> dict[str, Any]:
+        """Takes gradients by themselves."""
+        import numpy as np
+
+        with np.load(arrays) as loaded:
+            self._matrices = {name: self._torch.tensor(array, device=device) for name, array in loaded.items()}
+        self._device = device
+        self._aggregators: dict[str, Any] = {}
+        return {}
+
+    def aggregate(self, method: str) -> dict[str, Any]:
+        """From gradients to an update."""
+        grads, first, second = self._matrices.values()
+        if method not in self._aggregators:
+            self._aggregators[method] = self._make_alone(method, len(grads)).to(self._device)
+        aggregate = self._aggregators[method]
+        self._synchronise()
+        start = time.perf_counter()
+        _ = aggregate(first @ second.T) @ grads if method in _OF_SAMPLES else aggregate(grads)
+        self._synchronise()
+        return {"seconds": time.perf_counter() - start}
+
+    def _make_alone(self, method: str, num_tasks: int) -> Any:
+        if method in ALONE:
+            return ALONE[method](self._aggregation, num_tasks)
+        peer = PEERS[method]
+        return getattr(self._aggregation, peer.name)(**peer.options(num_tasks))
+
     def _synchronise(self) -> None:
         if self._device != "cpu":
             self._torch.cuda.synchronize()
@@ -270,6 +313,12 @@ class Worker:
             return losses
 
         return mtl_backward
+
+
+def _one_to(n: int) -> Any:
+    import torch
+
+    return torch.arange(1.0, n + 1)
 
 
 def _version(module: Any) -> str:
