@@ -86,6 +86,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": cores(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "platform": jax.default_backend(),

@@ -81,6 +81,7 @@ def test_speed_leaves_tables_and_numbers(capsys, monkeypatch, tmp_path):
     assert "| krum, exact |" not in written.partition("Ratios")[0]  # it needs four tasks
     assert "| mlp, light heads, T = 4: krum |" in written
     assert f"speed --out {tmp_path / 'new'}" in written
+    assert "Measured on cpu " in said
 
     rows = {(row["workload"], row["tasks"], row["way"], row["method"]): row for row in results["steps"]}
     assert ("transformer", 2, _speed.LIGHT, "graddrop") not in rows  # it is no weighting
@@ -100,6 +101,26 @@ def test_speed_goes_without_peers_that_are_not_installed(capsys, monkeypatch, tm
     assert "No module named torchjd" in said
     assert "pip install 'optax-mtl[peers]'" in said
     assert "TorchJD / ours" not in said
+
+
+def test_sections_by_themselves_are_tables_too(capsys, monkeypatch, tmp_path):
+    measured = [
+        ("measure_balancing", {"tasks": 2, "over_floor": 1.25, "read_milliseconds": 1.0, "multiply_milliseconds": 2.0}),
+        ("measure_aggregation", {"torchjd_milliseconds": None, "times_faster": None}),
+        ("measure_solvers", {"kind": "random", "tasks": 16, "microseconds": 3.0}),
+        ("measure_compilation", {"tasks": 8, "seconds": 0.5, "blockwise_seconds": None}),
+    ]
+    for name, row in measured:
+        row = {"method": "mgda", "milliseconds": 4.0, "state_over_gradients": 0.0, **row}
+        monkeypatch.setattr(_speed._speed_alone, name, lambda full, progress, row=row, **_: [row])
+    sections = ",".join(_speed.SECTIONS)
+    command_line.main(["speed", "--sections", sections, "--out", str(tmp_path)])
+    assert "The T x T part alone" in capsys.readouterr().out
+    written = (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert "| mgda | 2 | 4.00 | 1.00 | 2.00 | 1.25 | 0.00 |" in written
+    assert "| mgda | 4.00 | – | – |" in written
+    assert "| mgda | 8 | 0.50 | – |" in written
+    assert json.loads((tmp_path / "speed.json").read_text(encoding="utf-8")).keys() >= set(_speed.SECTIONS)
 
 
 def test_a_worker_that_dies_says_why(monkeypatch, tmp_path):
@@ -143,6 +164,7 @@ def test_difference_is_relative():
         (["--methods", "pcgard"], "'pcgrad'"),
         (["--workloads", "cnov"], "'conv'"),
         (["--tasks", "64"], "from 1 to 32"),
+        (["--sections", "solver"], "'solvers'"),
     ],
 )
 def test_bad_arguments_get_a_hint(capsys, argv, hint):
