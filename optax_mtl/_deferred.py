@@ -1,7 +1,7 @@
 """Task gradients that are not computed until it is known what of them is needed."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 
@@ -46,15 +46,15 @@ class Deferred:
     def ndim(self) -> int:
         return len(self.shape)
 
-    @property
-    def size(self) -> int:
-        raise TypeError(_MESSAGE)
-
-    def __jax_array__(self) -> jax.Array:
-        raise TypeError(_MESSAGE)
-
     def __repr__(self) -> str:
         return f"Deferred(shape={self.shape}, dtype={self.dtype})"
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise TypeError(_MESSAGE)
+
+    # What a transformation would do that comes before the weighting.
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = __getitem__ = _refuse
+    __array__ = _refuse
 
 
 _MESSAGE = (

@@ -293,9 +293,8 @@ def combine_leaf(weights: jax.Array, leaf: jax.Array) -> jax.Array:
     if weights.ndim == 2:
         layered: jax.Array = jax.vmap(combine_leaf, (0, 1))(weights, leaf)
         return layered
-    dtype = _base.accumulator_dtype(leaf)
+    dtype, num_tasks = _base.accumulator_dtype(leaf), leaf.shape[0]
     w = weights.astype(dtype)
-    num_tasks = leaf.shape[0]
     # Of more rows in half precision, XLA on a CPU would make a wider copy first.
     rows = UNROLL if leaf.dtype == dtype else UNROLL // 4
 

@@ -38,9 +38,9 @@ class Kept(_pullbacks.Pullbacks):
         others = {i: leaf for i, leaf in enumerate(self.leaves) if i not in zeros}
         self.out, self._vjp, (self.aux, self._activations, _) = jax.vjp(run, others, zeros, has_aux=True)
 
-    def set_cotangents(self, cotangents: Any, through_heads: bool) -> None:
+    def set_cotangents(self, cotangents: Any) -> None:
         """Pulls back all tasks, in the fastest way."""
-        super().set_cotangents(cotangents, through_heads)
+        super().set_cotangents(cotangents)
         self._gradients, self._of_products = _oracles.pull_back_all(self._vjp, cotangents)
 
     def leaf_gramians(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from optax_mtl import _base, _kept, _pullbacks, _taps
+from optax_mtl import _base, _kept, _pullbacks, _taps, _xla
 
 
 def value_and_light_grads(
@@ -78,6 +78,7 @@ class _Light(_pullbacks.Pullbacks):
     """Pullbacks whose Gramians are summed by taps on the way."""
 
     def __init__(self, function: _pullbacks.Function, inputs: Any, num_tasks: int | None):
+        _xla.warn_if_batching_is_wrong("value_and_light_grads")
         self.leaves, treedef = jax.tree.flatten(inputs)
         self._program, shapes = jax.make_jaxpr(lambda *leaves: function(*treedef.unflatten(leaves)), return_shape=True)(
             *self.leaves

@@ -10,7 +10,7 @@ import jax
 from jax import lax, numpy as jnp
 from jax.extend import core
 
-from optax_mtl import _base, _split
+from optax_mtl import _base, _split, _xla
 
 _STRATEGIES = ("auto", "unroll", "loop", "vmap")
 _UNROLL = 16  # tasks; beyond, compile time and memory speak for the loop
@@ -151,6 +151,7 @@ def pull_back_all(pullback: Callable[[Any], Any], cotangents: Any, strategy: str
     """What `pullback` makes of each of the cotangents, leaves `(T, ...)`, stacked in the same way."""
     strategy = _fastest(strategy, pullback, cotangents)
     if strategy == "vmap":
+        _xla.warn_if_batching_is_wrong('strategy="vmap"')
         return jax.vmap(pullback)(cotangents)
     if strategy == "loop":
         return lax.map(pullback, cotangents)
@@ -165,7 +166,7 @@ def _fastest(strategy: str, pullback: Callable[[Any], Any], cotangents: Any) -> 
         return "vmap"
     # On a CPU large products are slower in a batch. But in a loop the products are small, and its iterations expensive.
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), cotangents)
-    if _has_loop(jax.make_jaxpr(pullback)(one).jaxpr):
+    if not _xla.batching_is_wrong() and _has_loop(jax.make_jaxpr(pullback)(one).jaxpr):
         return "vmap"
     return "unroll" if jax.tree.leaves(cotangents)[0].shape[0] <= _UNROLL else "loop"
 

@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import jax
-from jax import lax, numpy as jnp
+from jax import numpy as jnp
 
 from optax_mtl import _base, _deferred, _gramian, _oracles, _split
 
@@ -24,7 +24,6 @@ class Pullbacks(_deferred.Source):
     """
 
     _cotangents: Any
-    _through_heads: bool
 
     def __init__(self, function: Function, inputs: Any, num_tasks: int | None):
         self.leaves, treedef = jax.tree.flatten(inputs)
@@ -32,14 +31,9 @@ class Pullbacks(_deferred.Source):
             lambda leaves: function(*treedef.unflatten(leaves)), self.leaves, has_aux=True
         )
 
-    def set_cotangents(self, cotangents: Any, through_heads: bool) -> None:
-        """To be called when `out` is known.
-
-        Args:
-          cotangents: like `out`, leaves `(T, ...)`.
-          through_heads: whether `out` are losses, so that heads are pulled back too, for all tasks.
-        """
-        self._cotangents, self._through_heads = cotangents, through_heads
+    def set_cotangents(self, cotangents: Any) -> None:
+        """To be called when `out` is known, with trees like it, leaves `(T, ...)`."""
+        self._cotangents = cotangents
 
     def pull_back(self, cotangent: Any) -> list[jax.Array]:
         """The gradients, in the order of `leaves`, for a cotangent of `out`."""
@@ -53,25 +47,7 @@ class Pullbacks(_deferred.Source):
     def combine(self, weights: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
         """See `Source`. One backward pass."""
         total = self.pull_back(_gramian.combine(weights, self._cotangents))
-        combined = [total[i] for i in indices]
-        return self._one_by_one(combined, weights, indices) if self._through_heads else combined
-
-    def _one_by_one(self, together: list[jax.Array], weights: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
-        """`together`, the weighted sum of all gradients; or that of one after another, if it is not finite.
-
-        Zero times the infinite derivative of a task of weight zero is not a number. Then the tasks are pulled back in a
-        loop, which is not entered otherwise, and such a task adds nothing.
-        """
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in together]))
-
-        def add_task(task: jax.Array, total: list[jax.Array]) -> list[jax.Array]:
-            pulled = self.pull_back(jax.tree.map(lambda leaf: leaf[task], self._cotangents))
-            kept = [
-                jnp.where(weights[task] == 0, 0, weights[task].astype(pulled[i].dtype) * pulled[i]) for i in indices
-            ]
-            return [jnp.where(task == 0, 0, t) + k for t, k in zip(total, kept, strict=True)]
-
-        return lax.fori_loop(0, jnp.where(finite, 0, weights.shape[0]), add_task, together)
+        return [total[i] for i in indices]
 
 
 def deferring(
@@ -104,7 +80,7 @@ def deferring(
 
     source = make_source(stacked_losses, inputs, None)
     num_tasks = source.out.shape[0]
-    source.set_cotangents(jnp.eye(num_tasks, dtype=source.out.dtype), through_heads=True)
+    source.set_cotangents(jnp.eye(num_tasks, dtype=source.out.dtype))
     grads = _deferred.defer(source, inputs, num_tasks)
     value = (source.out, source.aux) if has_aux else source.out
     return value, grads if isinstance(argnums, Sequence) else grads[0]
@@ -125,7 +101,7 @@ def _defer_trunk(
         )
     source = make_source(lambda trunk: (loss_fn.trunk(trunk, batch), None), (params["trunk"],), loss_fn.num_tasks)
     parts = loss_fn.through_heads(source.out, params, batch, has_aux)
-    source.set_cotangents(parts.cotangents, through_heads=False)
+    source.set_cotangents(parts.cotangents)
     trunk_grads = _deferred.defer(source, params["trunk"], loss_fn.num_tasks)
     value = (parts.losses, parts.aux) if has_aux else parts.losses
     return value, {"trunk": trunk_grads, "heads": jax.tree.map(lambda g: g[None], parts.head_grads)}

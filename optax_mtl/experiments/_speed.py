@@ -562,8 +562,8 @@ def run(
     machine = _timing.machine()
     if machine["load"] > 0.5:
         notes.append(
-            f"Other processes were at work (load average {machine['load']}): of two threads that wait for each other "
-            "one may have to wait for them. That lengthens all times, torch's most of all: begin anew when they are done."
+            f"Other processes were at work (load average {machine['load']}): of two threads that wait for each other, "
+            "one may be waiting for them. That lengthens all times, torch's most: begin anew when they are done."
         )
     peers = None
     try:
