@@ -45,6 +45,7 @@ examples:
 The report goes to the directory --out: report.md with findings, tables and pictures, results.json with all
 the numbers. Every method runs with its default arguments, the same optimiser and the same budget.
 """
+SPEED_SECTIONS = ("steps", "balancing", "aggregation", "solvers", "compilation")
 WORKLOADS = ("mlp", "conv", "transformer")
 _GROUPS = {
     "all": "the library's methods, each on the whole",
@@ -185,7 +186,13 @@ def _parser(prog: str) -> _Parser:
         "minutes on two cores; every method and up to 32 tasks with --full, in twenty-five.",
     )
     add = speed.add_argument
-    add("--full", action="store_true", help="every method, every network, up to 32 tasks")
+    add("--full", action="store_true", help="every method, every network, up to 32 tasks, all sections")
+    add(
+        "--sections",
+        type=_several(_one_of("section", SPEED_SECTIONS)),
+        metavar="A,B,...",
+        help=f"{', '.join(SPEED_SECTIONS)} (default: steps; with --full all)",
+    )
     add(
         "--workloads",
         type=_several(_one_of("workload", WORKLOADS)),

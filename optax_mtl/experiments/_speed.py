@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 
 import optax_mtl as mtl
-from optax_mtl.experiments import _report, _speed_peers, _timing, _workloads
+from optax_mtl.experiments import _report, _speed_alone, _speed_peers, _timing, _workloads
 
 PLAIN = "plain step"
 FLOORS = ("T gradients alone, one by one", "T gradients alone, batched")
@@ -41,6 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {  # TorchJD's, with what makes ours do the
     "sum_tasks": {},
 }
 
+STEPS = "steps"
 _FEW_METHODS = ("upgrad", "mgda", "pcgrad")
 _MIXERS = ("graddrop", "trimmed_mean")  # they want the gradients themselves
 _CHECKED = "upgrad"  # other methods of TorchJD stop early, draw lots or are of another scale
@@ -164,11 +165,11 @@ def steps(workload: _workloads.Workload, methods: Sequence[str]) -> dict[_Way, t
         tx = mtl.shared_and_heads(getattr(mtl, method)(num_tasks, **METHODS[method]), loss_fn.shared)
         oracles = {EXACT: mtl.value_and_task_grads(loss_fn)}
         if method not in _MIXERS:
-            oracles[LIGHT] = mtl.value_and_light_grads(loss_fn)
             oracles[KEPT] = mtl.value_and_light_grads(loss_fn, recompute=False)
         if method == methods[0]:
             oracles[UNSPLIT] = mtl.value_and_task_grads(losses_of)
             if method not in _MIXERS:
+                oracles[LIGHT] = mtl.value_and_light_grads(loss_fn)
                 oracles[FEATURES] = mtl.value_and_feature_grads(loss_fn)
         for name, oracle in oracles.items():
             found[name, method] = balanced(oracle, tx), tx.init(workload.params)
@@ -482,14 +483,73 @@ def _programs(rows: Sequence[_Row]) -> _report.Table:
     return _report.Table([case, "compile time, s", "traces", "GFLOP", "temporary memory, MB"], lines)
 
 
+# -- What methods cost by themselves ---------------------------------------------
+
+
+class Section(NamedTuple):
+    """Measurements that are a table: from the command's choice to rows, and which of their fields to show."""
+
+    title: str
+    measure: Callable[..., list[_Row]]
+    columns: dict[str, str]
+
+
+SECTIONS = {
+    "balancing": Section(
+        "The transformation alone, on the gradients of 10 million parameters",
+        lambda full, progress, peers, notes: _speed_alone.measure_balancing(full, progress),
+        {
+            "method": "",
+            "tasks": "T",
+            "milliseconds": "ms",
+            "read_milliseconds": "to read them once, ms",
+            "multiply_milliseconds": "to multiply them, ms",
+            "over_floor": "over the larger",
+            "state_over_gradients": "state / gradients",
+        },
+    ),
+    "aggregation": Section(
+        "On a matrix (8, 1,000,000), against TorchJD's aggregators",
+        lambda full, progress, peers, notes: _speed_alone.measure_aggregation(full, progress, peers=peers, notes=notes),
+        {"method": "", "milliseconds": "ms", "torchjd_milliseconds": "TorchJD, ms", "times_faster": "TorchJD / ours"},
+    ),
+    "solvers": Section(
+        "The T x T part alone",
+        lambda full, progress, peers, notes: _speed_alone.measure_solvers(full, progress),
+        {"method": "", "kind": "Gramians", "tasks": "T", "microseconds": "µs"},
+    ),
+    "compilation": Section(
+        "To compile the first update",
+        lambda full, progress, peers, notes: _speed_alone.measure_compilation(full, progress),
+        {"method": "", "tasks": "T", "seconds": "s", "blockwise_seconds": "blockwise, s"},
+    ),
+}
+
+
+def _listed(rows: Sequence[_Row], columns: dict[str, str]) -> _report.Table:
+    def text(value: Any) -> str:
+        return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    return _report.Table(list(columns.values()), [[text(row[key]) for key in columns] for row in rows])
+
+
 # -- The command ---------------------------------------------------------------
 
 
-def run(*, full: bool, peers_python: str, out: pathlib.Path | None, command: str, **choice: Any) -> None:
+def run(
+    *,
+    full: bool,
+    sections: Sequence[str] | None,
+    peers_python: str,
+    out: pathlib.Path | None,
+    command: str,
+    **choice: Any,
+) -> None:
     """Measures, prints, and writes a report.
 
     Args:
       full: whether to measure all there is.
+      sections: "steps" and names of `SECTIONS`; None for all if `full`, else for the steps.
       peers_python: an interpreter that may have TorchJD.
       out: directory for `speed.md` and `speed.json`; None for neither.
       command: what was typed, for the report.
@@ -497,9 +557,14 @@ def run(*, full: bool, peers_python: str, out: pathlib.Path | None, command: str
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is to have its part of the GPU
     start = time.perf_counter()
+    sections = sections or ([STEPS, *SECTIONS] if full else [STEPS])
     notes: list[str] = []
-    rows: list[_Row] = []
     machine = _timing.machine()
+    if machine["load"] > 0.5:
+        notes.append(
+            f"Other processes were at work (load average {machine['load']}): of two threads that wait for each other, "
+            "one may be waiting for them. That lengthens all times, torch's most: begin anew when they are done."
+        )
     peers = None
     try:
         peers = Peers(peers_python)
@@ -507,22 +572,13 @@ def run(*, full: bool, peers_python: str, out: pathlib.Path | None, command: str
     except PeersError as error:
         notes.append(f"Without TorchJD ({error}). Write: pip install 'optax-mtl[peers]'")
     try:
-        cases = plan(full, **choice)
-        with tqdm.tqdm(cases, bar_format="{desc:36}|{bar}| {n}/{total} {elapsed}", disable=None, leave=False) as bar:
-            for case in bar:
-                bar.set_description_str(str(case))
-                rows += measure(case, peers, _FULL_SECONDS if full else _QUICK_SECONDS, notes)
+        results, found = _measure_sections(sections, full, peers, notes, choice)
     finally:
         if peers is not None:
             peers.close()
 
-    introduction = (
-        "Training steps, from parameters and batch to the gradients of trunk and heads, on "
-        + ", ".join(f"{name} {value}" for name, value in machine.items())
-        + "."
-    )
-    found = tables(rows)
-    bullets = [*findings(rows), *notes]
+    introduction = f"Measured on {', '.join(f'{name} {value}' for name, value in machine.items())}."
+    bullets = [*findings(results.get(STEPS, [])), *notes]
     for titled in found:
         print(f"{titled.title}\n\n{titled.table.text()}\n\n{_report.wrapped(titled.legend)}\n")
     print(f"{_report.wrapped(introduction)}\n\n{_report.bullets(bullets, 100)}\n")
@@ -531,6 +587,27 @@ def run(*, full: bool, peers_python: str, out: pathlib.Path | None, command: str
         parts = ["# Speed", introduction, f"    {command}", _report.bullets(bullets)]
         parts += [f"## {titled.title}\n\n{titled.table.markdown()}\n\n{titled.legend}" for titled in found]
         (out / "speed.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        content = {"command": command, "machine": machine, "notes": notes, "steps": rows}
+        content = {"command": command, "machine": machine, "notes": notes, **results}
         (out / "speed.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print(f"{time.perf_counter() - start:.0f} s. Tables and all numbers: {out / 'speed.md'}")
+
+
+def _measure_sections(
+    sections: Sequence[str], full: bool, peers: Peers | None, notes: list[str], choice: dict[str, Any]
+) -> tuple[dict[str, list[_Row]], list[Titled]]:
+    """The rows of each section, and the tables."""
+    results: dict[str, list[_Row]] = {}
+    found: list[Titled] = []
+    with tqdm.tqdm(bar_format="{desc} {elapsed}", disable=None, leave=False) as bar:
+        for name in sections:
+            if name == STEPS:
+                results[name] = []
+                for case in plan(full, **choice):
+                    bar.set_description_str(str(case))
+                    results[name] += measure(case, peers, _FULL_SECONDS if full else _QUICK_SECONDS, notes)
+                found += tables(results[name])
+            else:
+                title, measure_section, columns = SECTIONS[name]
+                results[name] = measure_section(full, bar.set_description_str, peers, notes)
+                found.append(Titled(title, _listed(results[name], columns), "Medians of runs in turn."))
+    return results, found

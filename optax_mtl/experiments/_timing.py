@@ -83,13 +83,16 @@ class Program:
 
 def machine() -> dict[str, Any]:
     """What times depend on besides the code."""
+    flags = os.environ.get("XLA_FLAGS")
     return {
         "cpu": _cpu_model(),
         "cores": cores(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
+        **({"XLA_FLAGS": flags} if flags else {}),
     }
 
 

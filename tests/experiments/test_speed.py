@@ -61,9 +61,9 @@ def plan_of(monkeypatch, *cases):
 def test_speed_leaves_tables_and_numbers(capsys, monkeypatch, tmp_path):
     plan_of(
         monkeypatch,
-        ("mlp", "light", 2, ["mgda", "krum"]),
-        ("mlp", "light", 4, ["mgda", "krum"]),
-        ("transformer", "heavy", 2, ["graddrop"]),
+        ("mlp", "light", 2, ["mean_tasks", "krum"]),
+        ("mlp", "light", 4, ["mean_tasks", "krum"]),
+        ("conv", "heavy", 2, ["graddrop"]),
     )
     command_line.main(["speed", "--out", str(tmp_path / "new")])
     said = capsys.readouterr().out
@@ -77,15 +77,16 @@ def test_speed_leaves_tables_and_numbers(capsys, monkeypatch, tmp_path):
         assert "TorchJD / ours: " in text
     assert "| T = 2 | T = 4 |" in written
     assert f"| {_speed_peers.PLAIN} | 250.0 | 250.0 |" in written
-    assert "| mgda, exact |" in written
+    assert "| mean_tasks, exact |" in written
     assert "| krum, exact |" not in written.partition("Ratios")[0]  # it needs four tasks
     assert "| mlp, light heads, T = 4: krum |" in written
     assert f"speed --out {tmp_path / 'new'}" in written
+    assert "Measured on cpu " in said
 
     rows = {(row["workload"], row["tasks"], row["way"], row["method"]): row for row in results["steps"]}
-    assert ("transformer", 2, _speed.LIGHT, "graddrop") not in rows  # it is no weighting
-    assert rows["transformer", 2, _speed_peers.MTL_BACKWARD, "graddrop"]["milliseconds"] == 250
-    assert ("transformer", 2, _speed_peers.AUTOGRAM, "graddrop") not in rows  # it makes no weights
+    assert ("conv", 2, _speed.LIGHT, "graddrop") not in rows  # it is no weighting
+    assert rows["conv", 2, _speed_peers.MTL_BACKWARD, "graddrop"]["milliseconds"] == 250
+    assert ("conv", 2, _speed_peers.AUTOGRAM, "graddrop") not in rows  # it makes no weights
     assert {row["traces"] for row in rows.values() if "traces" in row} == {1}
 
 
@@ -100,6 +101,26 @@ def test_speed_goes_without_peers_that_are_not_installed(capsys, monkeypatch, tm
     assert "No module named torchjd" in said
     assert "pip install 'optax-mtl[peers]'" in said
     assert "TorchJD / ours" not in said
+
+
+def test_sections_by_themselves_are_tables_too(capsys, monkeypatch, tmp_path):
+    measured = [
+        ("measure_balancing", {"tasks": 2, "over_floor": 1.25, "read_milliseconds": 1.0, "multiply_milliseconds": 2.0}),
+        ("measure_aggregation", {"torchjd_milliseconds": None, "times_faster": None}),
+        ("measure_solvers", {"kind": "random", "tasks": 16, "microseconds": 3.0}),
+        ("measure_compilation", {"tasks": 8, "seconds": 0.5, "blockwise_seconds": None}),
+    ]
+    for name, row in measured:
+        row = {"method": "mgda", "milliseconds": 4.0, "state_over_gradients": 0.0, **row}
+        monkeypatch.setattr(_speed._speed_alone, name, lambda full, progress, row=row, **_: [row])
+    sections = ",".join(_speed.SECTIONS)
+    command_line.main(["speed", "--sections", sections, "--out", str(tmp_path)])
+    assert "The T x T part alone" in capsys.readouterr().out
+    written = (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert "| mgda | 2 | 4.00 | 1.00 | 2.00 | 1.25 | 0.00 |" in written
+    assert "| mgda | 4.00 | – | – |" in written
+    assert "| mgda | 8 | 0.50 | – |" in written
+    assert json.loads((tmp_path / "speed.json").read_text(encoding="utf-8")).keys() >= set(_speed.SECTIONS)
 
 
 def test_a_worker_that_dies_says_why(monkeypatch, tmp_path):
@@ -143,6 +164,7 @@ def test_difference_is_relative():
         (["--methods", "pcgard"], "'pcgrad'"),
         (["--workloads", "cnov"], "'conv'"),
         (["--tasks", "64"], "from 1 to 32"),
+        (["--sections", "solver"], "'solvers'"),
     ],
 )
 def test_bad_arguments_get_a_hint(capsys, argv, hint):
@@ -155,7 +177,7 @@ def test_bad_arguments_get_a_hint(capsys, argv, hint):
 def test_all_our_ways_make_the_same_gradients(name):
     workload = _workloads.WORKLOADS[name](3, heavy=name != "conv", **SIZES[name])
     found = {
-        way: step(workload.params, state, workload.batch)
+        way: jax.jit(step)(workload.params, state, workload.batch)
         for (way, _), (step, state) in _speed.steps(workload, ["sum_tasks"]).items()
     }
     losses, grads, _ = found[_speed.PLAIN]
