@@ -225,20 +225,42 @@ def _contract(first: jax.Array, second: jax.Array, metric: jax.Array | None, dty
 
 
 def _contract_chunks(first: jax.Array, second: jax.Array, metric: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    leaves: Any = _flat(first), _flat(second), None if metric is None else metric.reshape(-1)
-    num_tasks, size = leaves[0].shape
-    columns = min(max(_CHUNK // num_tasks, 1), size)
-    whole = size // columns
+    leaves = _flat(first), _flat(second), None if metric is None else metric.reshape(-1)
+    products, _ = by_columns(lambda leaves, _: (_contract(*leaves, dtype), ()), leaves)
+    return products
 
-    def add_chunk(i: jax.Array, carry: Any) -> Any:
-        total, leaves = carry
-        a, b, m = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * columns, columns, x.ndim - 1), leaves)
+
+def by_columns(function: Callable[[Any, Any], tuple[jax.Array, Any]], read: Any, write: Any = ()) -> tuple[Any, Any]:
+    """What a function of some columns sums up and writes, over all columns, a few at a time: what stays in a CPU's cache.
+
+    Args:
+      function: from the columns of `read` and of `write` to a sum over them, and what comes in the place of the latter.
+      read: a tree of arrays `(..., n)`, the first with a row for each task.
+      write: a tree of arrays `(..., n)`.
+
+    Returns:
+      The sum, and `write` as written.
+    """
+    *rows, size = jax.tree.leaves(read)[0].shape
+    number = min(max(_CHUNK // math.prod(rows), 1), size)
+    whole = size // number
+
+    def some(start: jax.Array | int, number: int, read: Any, write: Any) -> tuple[jax.Array, Any]:
+        def take(x: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(x, start, number, x.ndim - 1)
+
+        total, new = function(jax.tree.map(take, read), jax.tree.map(take, write))
+        return total, jax.tree.map(lambda x, n: lax.dynamic_update_slice_in_dim(x, n, start, x.ndim - 1), write, new)
+
+    def add(i: jax.Array, carry: Any) -> Any:
+        total, read, write = carry
+        of_some, write = some(i * number, number, read, write)
         # They could stand outside the loop, where XLA would then widen half precision: a copy of all gradients.
-        return total + _contract(a, b, m, dtype), lax.optimization_barrier(leaves)
+        return total + of_some, lax.optimization_barrier(read), write
 
-    a, b, m = jax.tree.map(lambda x: x[..., whole * columns :], leaves)
-    total, _ = lax.fori_loop(0, whole, add_chunk, (_contract(a, b, m, dtype), leaves))
-    return total
+    total, write = some(whole * number, size - whole * number, read, write)
+    total, _, write = lax.fori_loop(0, whole, add, (total, read, write))
+    return total, write
 
 
 def _sum_side_by_side(first: jax.Array, second: jax.Array, metric: None, dtype: jnp.dtype) -> jax.Array:
