@@ -58,14 +58,15 @@ class Gramian:
         return f"Gramian({self.matrix!r})"
 
 
-def check_not_gramian(updates: _base.TaskGrads, method: str) -> None:
+def check_not_gramian(updates: _base.TaskGrads, method: str, *, may_be_deferred: bool = False) -> None:
     """Raises `ValueError` if a method that acts on every entry of the gradients was given their Gramian."""
     if isinstance(updates, Gramian):
         raise ValueError(
             f"{method} acts on the gradients themselves, not on their inner products, and was given a Gramian. Pass "
             "the task gradients; or choose a weighting (optax_mtl.mgda, for one), which takes either."
         )
-    _deferred.check_not_deferred(updates, method)
+    if not may_be_deferred:
+        _deferred.check_not_deferred(updates, method)
 
 
 def check_metric_shapes(metric: _base.Params, task_grads: _base.TaskGrads) -> None:
