@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax, numpy as jnp
+from jax import numpy as jnp
 import optax
 
 from optax_mtl import _base, _gramian
@@ -92,15 +92,13 @@ def absolute_sums(contributions: Any) -> jax.Array:
     )
 
 
-MixColumns = Callable[..., tuple[jax.Array, jax.Array]]
-
-
-def mix_columns(mix: MixColumns, leaf: jax.Array, *others: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The update of a leaf and the contributions' sizes, of which nothing else is ever stored on a CPU.
+def mix_by_columns(
+    mix: Callable[..., tuple[jax.Array, jax.Array]], leaf: jax.Array, *others: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The update of a leaf and the sizes of its contributions, which need not be stored.
 
     Args:
-      mix: `mix(grads, *others)` returns the update `(n,)` and the sizes `(T,)` of some parameters, of which `grads` are
-        `(T, n)` and all others `(n,)`.
+      mix: `mix(leaf, *others)` returns the update `(*shape)` and the sizes `(T,)`, for some of the parameters too.
       leaf: `(T, *shape)`.
       *others: `(*shape)`.
 
@@ -108,24 +106,13 @@ def mix_columns(mix: MixColumns, leaf: jax.Array, *others: jax.Array) -> tuple[j
       `(*shape)`, in the leaf's dtype, and `(T,)`.
     """
 
-    def at_once(leaf: jax.Array, *others: jax.Array) -> tuple[jax.Array, jax.Array]:
-        update, sizes = mix(leaf, *others)
-        return update.astype(leaf.dtype), sizes
+    def some(read: Any, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+        update, sizes = mix(*read)
+        return sizes, update.astype(leaf.dtype)
 
-    def in_turn(leaf: jax.Array, *others: jax.Array) -> tuple[jax.Array, jax.Array]:
-        flat = leaf.reshape(leaf.shape[0], -1), *(other.reshape(-1) for other in others)
-
-        def some(read: Any, _: jax.Array) -> tuple[jax.Array, jax.Array]:
-            update, sizes = mix(*read)
-            return sizes, update.astype(leaf.dtype)
-
-        sizes, update = _gramian.by_columns(some, flat, jnp.zeros(flat[0].shape[1], leaf.dtype))
-        return update.reshape(leaf.shape[1:]), sizes
-
-    if jax.device_count() > 1 or leaf.size == 0:
-        return at_once(leaf, *others)
-    mixed: tuple[jax.Array, jax.Array] = lax.platform_dependent(leaf, *others, cpu=in_turn, default=at_once)
-    return mixed
+    shape = leaf.shape[1:]
+    sizes, update = _gramian.by_columns(some, shape, (leaf, *others), jnp.zeros(shape, leaf.dtype))
+    return update, sizes
 
 
 def _shares(sizes: jax.Array) -> jax.Array:

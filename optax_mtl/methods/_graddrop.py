@@ -7,7 +7,7 @@ from jax import numpy as jnp
 import optax
 
 from optax_mtl import _base, _gramian
-from optax_mtl._mixing import absolute_sums, mix_columns, mixer, per_leaf
+from optax_mtl._mixing import absolute_sums, mix_by_columns, mixer, per_leaf
 
 
 class GradDropState(NamedTuple):
@@ -90,7 +90,7 @@ def graddrop(
 
         draws = [jax.random.uniform(k, leaf.shape[1:], jnp.float32) for leaf, k in zip(leaves, keys, strict=True)]
         mixed, sizes = zip(
-            *(mix_columns(drop, leaf, draw) for leaf, draw in zip(leaves, draws, strict=True)), strict=True
+            *(mix_by_columns(drop, leaf, draw) for leaf, draw in zip(leaves, draws, strict=True)), strict=True
         )
         return treedef.unflatten(mixed), jnp.stack(sizes), GradDropState(key)
 

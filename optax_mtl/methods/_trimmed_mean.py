@@ -7,7 +7,7 @@ from jax import lax, numpy as jnp
 import optax
 
 from optax_mtl import _base, _gramian
-from optax_mtl._mixing import absolute_sums, mix_columns, mixer
+from optax_mtl._mixing import absolute_sums, mix_by_columns, mixer
 
 _UNROLL = 12  # tasks; beyond, XLA keeps the comparisons of all tasks, T times the gradients, unless in a loop
 
@@ -77,7 +77,7 @@ def trimmed_mean(num_tasks: int, *, k: int | jax.Array) -> optax.GradientTransfo
             return _gramian.combine(weights, kept), absolute_sums(kept)[0].astype(dtype)
 
         leaves, treedef = jax.tree.flatten(task_grads)
-        mixed, sizes = zip(*(mix_columns(trim, leaf) for leaf in leaves), strict=True)
+        mixed, sizes = zip(*(mix_by_columns(trim, leaf) for leaf in leaves), strict=True)
         return treedef.unflatten(mixed), jnp.stack(sizes), state
 
     return mixer("trimmed_mean", num_tasks, mix)
