@@ -83,7 +83,6 @@ class Program:
 
 def machine() -> dict[str, Any]:
     """What times depend on besides the code."""
-    flags = os.environ.get("XLA_FLAGS")
     return {
         "cpu": _cpu_model(),
         "cores": cores(),
@@ -92,7 +91,7 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
-        **({"XLA_FLAGS": flags} if flags else {}),
+        **{name: os.environ[name] for name in ("XLA_FLAGS", "OMP_WAIT_POLICY") if name in os.environ},
     }
 
 
