@@ -565,8 +565,8 @@ def run(
     if machine["load"] > 0.5:
         notes.append(
             f"Other processes were at work (load average {machine['load']}): of two threads that wait for each other, "
-            "one may be waiting for them. That lengthens all times, torch's most. Begin anew when they are done; or with "
-            "OMP_WAIT_POLICY=PASSIVE, which costs torch a little always, and spares it the worst."
+            "one may be waiting for them. That lengthens all times, torch's most. Begin anew when they are done; or "
+            "with OMP_WAIT_POLICY=PASSIVE, which costs torch a little always, and spares it the worst."
         )
     peers = None
     try:
