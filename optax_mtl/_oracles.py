@@ -26,11 +26,12 @@ def value_and_task_grads(
     """Losses and gradients of all tasks, as `jax.value_and_grad` gives those of one.
 
     The forward pass runs once and is pulled back once a task: with a backward pass twice the cost of a forward one, the
-    floor is `(1 + 2T) / 3` of an ordinary training step.
+    floor is `(1 + 2T) / 3` of an ordinary training step. (Weightings can do without the gradients, for less:
+    `value_and_light_grads`.)
 
     Args:
       loss_fn: returns the tasks' losses, as an array `(T,)` or as any pytree of scalars (a dict of named losses, say),
-        and also auxiliary data if `has_aux`.
+        and also auxiliary data if `has_aux`; or what `split` returned, whose heads are pulled back once each.
       argnums: which positional arguments to differentiate with respect to.
       has_aux: whether `loss_fn` returns `(losses, aux)`. (Do not forget it: a pair is a pytree, and a scalar in it
         would count as one more task.)
