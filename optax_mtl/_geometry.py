@@ -172,7 +172,7 @@ def balance_in_metric(
     def update_fn(
         updates: _base.TaskGrads, state: Any, params: _base.Params | None = None, **extra_args: Any
     ) -> tuple[Any, Any]:
-        _gramian.check_not_gramian(updates, "balance_in_metric")
+        _gramian.check_not_gramian(updates, "balance_in_metric", may_be_deferred=True)
 
         def balance(in_metric: _base.Params | None) -> tuple[Any, Any]:
             return method.update(updates, state.balance, params, metric=in_metric, **extra_args)

@@ -58,14 +58,15 @@ class Gramian:
         return f"Gramian({self.matrix!r})"
 
 
-def check_not_gramian(updates: _base.TaskGrads, method: str) -> None:
+def check_not_gramian(updates: _base.TaskGrads, method: str, *, may_be_deferred: bool = False) -> None:
     """Raises `ValueError` if a method that acts on every entry of the gradients was given their Gramian."""
     if isinstance(updates, Gramian):
         raise ValueError(
             f"{method} acts on the gradients themselves, not on their inner products, and was given a Gramian. Pass "
             "the task gradients; or choose a weighting (optax_mtl.mgda, for one), which takes either."
         )
-    _deferred.check_not_deferred(updates, method)
+    if not may_be_deferred:
+        _deferred.check_not_deferred(updates, method)
 
 
 def check_metric_shapes(metric: _base.Params, task_grads: _base.TaskGrads) -> None:
@@ -224,21 +225,69 @@ def _contract(first: jax.Array, second: jax.Array, metric: jax.Array | None, dty
     )
 
 
+_OfColumns = Callable[[Any, Any], tuple[jax.Array, Any]]
+
+
 def _contract_chunks(first: jax.Array, second: jax.Array, metric: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    leaves: Any = _flat(first), _flat(second), None if metric is None else metric.reshape(-1)
-    num_tasks, size = leaves[0].shape
-    columns = min(max(_CHUNK // num_tasks, 1), size)
-    whole = size // columns
+    def products(leaves: Any, _: Any) -> tuple[jax.Array, Any]:
+        return _contract(leaves[0], leaves[1], leaves[2], dtype), ()
 
-    def add_chunk(i: jax.Array, carry: Any) -> Any:
-        total, leaves = carry
-        a, b, m = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * columns, columns, x.ndim - 1), leaves)
+    leaves = _flat(first), _flat(second), None if metric is None else metric.reshape(-1)
+    return _by_columns(products, leaves, ())[0]
+
+
+def by_columns(function: _OfColumns, shape: tuple[int, ...], read: Any, write: Any) -> tuple[jax.Array, Any]:
+    """What an elementwise function sums up and writes, of which nothing of the gradients' size is stored on the way.
+
+    On a CPU it is given a few columns at a time, as many as stay in the cache; elsewhere whole arrays.
+
+    Args:
+      function: from the same parameters of `read` and of `write` to a sum over them, `(T,)`, and what comes in place of
+        the latter.
+      shape: of the parameter.
+      read: a tree of arrays `(..., *shape)`, the first of them `(T, *shape)`.
+      write: a tree of arrays `(..., *shape)`.
+
+    Returns:
+      The sum, and `write` as written.
+    """
+
+    def flat(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(*x.shape[: x.ndim - len(shape)], math.prod(shape)), tree)
+
+    def in_turn(read: Any, write: Any) -> tuple[jax.Array, Any]:
+        total, written = _by_columns(function, flat(read), flat(write))
+        return total, jax.tree.map(lambda new, old: new.reshape(old.shape), written, write)
+
+    if math.prod(shape) <= _SMALL or jax.device_count() > 1:
+        return function(read, write)
+    done: tuple[jax.Array, Any] = lax.platform_dependent(read, write, cpu=in_turn, default=function)
+    return done
+
+
+def _by_columns(function: _OfColumns, read: Any, write: Any) -> tuple[jax.Array, Any]:
+    *rows, size = jax.tree.leaves(read)[0].shape
+    number = min(max(_CHUNK // math.prod(rows), 1), size)
+    whole = size // number
+
+    def some(start: jax.Array, number: int, read: Any, write: Any) -> tuple[jax.Array, Any]:
+        def take(x: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(x, start, number, x.ndim - 1)
+
+        total, new = function(jax.tree.map(take, read), jax.tree.map(take, write))
+        return total, jax.tree.map(lambda x, n: lax.dynamic_update_slice_in_dim(x, n, start, x.ndim - 1), write, new)
+
+    def add(carry: Any) -> Any:
+        start, total, read, write = carry
+        of_some, write = some(start, number, read, write)
         # They could stand outside the loop, where XLA would then widen half precision: a copy of all gradients.
-        return total + _contract(a, b, m, dtype), lax.optimization_barrier(leaves)
+        return start + number, total + of_some, lax.optimization_barrier(read), write
 
-    a, b, m = jax.tree.map(lambda x: x[..., whole * columns :], leaves)
-    total, _ = lax.fori_loop(0, whole, add_chunk, (_contract(a, b, m, dtype), leaves))
-    return total
+    sums, _ = jax.eval_shape(lambda: some(jnp.array(0), number, read, write))
+    first = jnp.array(0), jnp.zeros(sums.shape, sums.dtype), read, write
+    start, total, read, write = lax.while_loop(lambda carry: carry[0] < whole * number, add, first)
+    of_rest, write = some(start, size - whole * number, read, write)  # not from a constant, for the same reason
+    return total + of_rest, write
 
 
 def _sum_side_by_side(first: jax.Array, second: jax.Array, metric: None, dtype: jnp.dtype) -> jax.Array:

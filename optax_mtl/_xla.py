@@ -9,6 +9,12 @@ import jaxlib.version
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 
 
+def set_flag() -> None:
+    """Has the release that is wrong do right; for programs of our own, before their first computation."""
+    if jaxlib.version.__version__ == "0.10.2":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+
+
 def batching_is_wrong() -> bool:
     """Whether a batch of pullbacks may come out wrong here.
 

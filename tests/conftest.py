@@ -7,8 +7,9 @@ import pathlib
 
 import hypothesis
 import jax
-import jaxlib
 import pytest
+
+from optax_mtl import _xla
 
 # The first example of a test compiles a program, so there is no deadline; seeds are fixed, as CI must not waver.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
@@ -20,8 +21,7 @@ hypothesis.settings.load_profile("default")
 if jax.__version_info__ < (0, 11):
     _FAST = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST}".strip()
-if jaxlib.__version__ == "0.10.2":  # see optax_mtl/_xla.py
-    os.environ["XLA_FLAGS"] += " --xla_cpu_experimental_ynn_fusion_type=-reduce"
+_xla.set_flag()
 
 # These compile much and compute little, about maths that does not depend on it: XLA need not optimise. (All others, of
 # the solvers, of each method by itself and of what is counted, run what users run.)

@@ -3,12 +3,14 @@
 import pathlib
 import re
 
+import optax
 import pytest
 
 import optax_mtl as mtl
 import problems
 
 README = pathlib.Path(mtl.__file__).parent.parent / "README.md"
+SPEED = README.parent / "docs" / "speed_and_memory.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
@@ -19,6 +21,16 @@ def test_every_block_runs():
             exec(compile(block, str(README), "exec"), namespace)
     assert namespace["losses"].shape == (2,)
     assert len(BLOCKS) >= 3
+
+
+def test_the_blocks_about_microbatches_run():
+    if not hasattr(optax, "microbatching"):
+        pytest.skip("from optax 0.2.6 on")
+    namespace = {}
+    with problems.relaxed_promotion():
+        for block in re.findall(r"```python\n(.*?)```", SPEED.read_text(), flags=re.DOTALL):
+            exec(compile(block, str(SPEED), "exec"), namespace)
+    assert namespace["task_grads"]["in"].shape == (2, 5, 7)
 
 
 def test_make_has_the_commands_it_names():

@@ -16,6 +16,7 @@ import numpy as np
 import tqdm
 
 import optax_mtl as mtl
+from optax_mtl import _xla
 from optax_mtl.experiments import _report, _speed_alone, _speed_peers, _timing, _workloads
 
 PLAIN = "plain step"
@@ -557,6 +558,7 @@ def run(
       **choice: as for `plan`.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is to have its part of the GPU
+    _xla.set_flag()
     start = time.perf_counter()
     sections = sections or ([STEPS, *SECTIONS] if full else [STEPS])
     notes: list[str] = []

@@ -236,8 +236,9 @@ def con_fig_momentum(
             root = jnp.sqrt(s / _seen(b2, steps, s.dtype)) + jnp.asarray(eps, s.dtype)
             return jnp.where(anyone, d / root, 0).astype(like.dtype)
 
-        new = ConFIGMomentumState(task_steps, moments, steps, moment, second)
-        new = jax.tree.map(lambda n, old: jnp.where(anyone, n, old), new, method)
+        # Tasks that are absent have kept theirs already: to choose once more would keep both alive, T times as large.
+        moved = jax.tree.map(lambda n, old: jnp.where(anyone, n, old), (steps, moment, second), method[2:])
+        new = ConFIGMomentumState(task_steps, moments, *moved)
         weights = jnp.where(anyone, weights, 0)
         return (
             jax.tree.map(precondition, mixed, second, updates),

@@ -1,5 +1,6 @@
 """ExcessMTL: weights that grow with each task's distance from its optimum."""
 
+import functools
 import math
 import operator
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import jax
 from jax import numpy as jnp
 import optax
 
-from optax_mtl import _base
+from optax_mtl import _base, _gramian
 from optax_mtl._solvers import reciprocal
 from optax_mtl._task_state import multiply_shares
 from optax_mtl._weighting import weighting
@@ -111,9 +112,17 @@ def excess_mtl(
     def rule(
         gramian: jax.Array, state: ExcessMTLState, *, present: jax.Array, task_grads: _base.TaskGrads, **_: Any
     ) -> tuple[jax.Array, ExcessMTLState]:
-        task_grads = _base.where_present(present, task_grads, jax.tree.map(jnp.zeros_like, task_grads))
-        squares = jax.tree.map(add_square, state.squares, task_grads)
-        risks = excess_risks(task_grads, squares).astype(gramian.dtype)
+        def add(grads: jax.Array, sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+            grads = _base.where_present(present, grads, jnp.zeros_like(grads))
+            added = add_square(sums, grads)
+            risks = excess_risks(grads, added).astype(gramian.dtype)
+            # They are always finite; but as the sums wait for them, XLA need not copy the sums before it adds to them.
+            return risks, _base.where_present(jnp.isfinite(risks), added, sums)
+
+        leaves, treedef = jax.tree.flatten(task_grads)
+        pairs = zip(leaves, jax.tree.leaves(state.squares), strict=True)
+        of_leaves, sums = zip(*(_gramian.by_columns(add, g.shape[1:], g, s) for g, s in pairs), strict=True)
+        risks, squares = functools.reduce(operator.add, of_leaves), treedef.unflatten(sums)
 
         warms_up = present & (state.steps < jnp.maximum(jnp.asarray(warmup_steps, jnp.int32), 1))
         steps = state.steps + warms_up.astype(jnp.int32)
