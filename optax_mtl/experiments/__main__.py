@@ -183,7 +183,7 @@ def _parser(prog: str) -> _Parser:
         help="time training steps: against an ordinary one, against the floor, against TorchJD",
         description="Times what a step computes, from parameters and batch to balanced gradients: against an ordinary "
         "step, against the gradients of all tasks alone, and against TorchJD on the same network, in the same run. Two "
-        "minutes on two cores; every method and up to 32 tasks with --full, in twenty-five.",
+        "to three minutes on two cores; all methods, sections and numbers of tasks with --full.",
     )
     add = speed.add_argument
     add("--full", action="store_true", help="every method, every network, up to 32 tasks, all sections")

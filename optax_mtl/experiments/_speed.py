@@ -48,7 +48,7 @@ _MIXERS = ("graddrop", "trimmed_mean")  # they want the gradients themselves
 _CHECKED = "upgrad"  # other methods of TorchJD stop early, draw lots or are of another scale
 _TASKS = (2, 4, 8, 16, 32)
 _QUICK_SECONDS, _FULL_SECONDS = 5, 25  # a case, but for compiling
-_FEWEST_ROUNDS, _MOST_ROUNDS = 7, 50
+_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 50
 _FASTEST = {"floor": FLOORS, "ours": EXACT_WAYS, "TorchJD": _speed_peers.WAYS, "torch's plain": (_speed_peers.PLAIN,)}
 _RATIOS = (
     ("floor", PLAIN),
@@ -96,12 +96,13 @@ def plan(
       The cases.
     """
     cases = []
-    for workload, heads in itertools.product(workloads, ("light", "heavy")):
+    for workload, heads in itertools.product(workloads, ("light", "heavy") if full else ("light",)):
         many = workload == "mlp" and heads == "light"
         for n in numbers or (_TASKS if full and heads == "light" else (2, 8) if many else (8,)):
-            chosen = ("upgrad",) if not many else tuple(METHODS) if full and n == 8 else _FEW_METHODS
-            if full or heads == "light" or workload == "mlp":
-                cases.append(Case(workload, heads, n, methods or chosen))
+            chosen: Sequence[str] = [_CHECKED]
+            if many and (full or n == 8):
+                chosen = list(METHODS) if full and n == 8 else _FEW_METHODS
+            cases.append(Case(workload, heads, n, methods or chosen))
     return cases
 
 
@@ -564,9 +565,9 @@ def run(
     machine = _timing.machine()
     if machine["load"] > 0.5:
         notes.append(
-            f"Other processes were at work (load average {machine['load']}): of two threads that wait for each other, "
-            "one may be waiting for them. That lengthens all times, torch's most. Begin anew when they are done; or "
-            "with OMP_WAIT_POLICY=PASSIVE, which costs torch a little always, and spares it the worst."
+            f"Other processes were at work (load average {machine['load']}). That lengthens all times, torch's most, "
+            "whose threads wait for each other. Begin anew when they are done, or set OMP_WAIT_POLICY=PASSIVE, which "
+            "costs torch a little always and spares it the worst."
         )
     peers = None
     try:
