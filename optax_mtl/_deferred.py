@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 import jax
+from jax import numpy as jnp
 
 from optax_mtl import _base
 
@@ -54,7 +55,10 @@ class Deferred:
 
     # What a transformation would do that comes before the weighting.
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = __getitem__ = _refuse
-    __array__ = _refuse
+    __rtruediv__ = __pow__ = __rpow__ = __matmul__ = __abs__ = __array__ = _refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"Deferred gradients have no attribute {name!r}. {_MESSAGE}")
 
 
 _MESSAGE = (
@@ -78,7 +82,13 @@ def check_not_deferred(updates: Any, method: str) -> None:
 def defer(source: Source, params: _base.Params, num_tasks: int) -> Any:
     """A tree like `params` of the gradients that `source` will know about."""
     leaves, treedef = jax.tree.flatten(params)
-    return treedef.unflatten([Deferred(source, i, (num_tasks, *p.shape), p.dtype) for i, p in enumerate(leaves)])
+    shapes = [(num_tasks, *jnp.shape(leaf)) for leaf in leaves]
+    return treedef.unflatten(
+        [
+            Deferred(source, i, shape, jnp.result_type(leaf))
+            for i, (shape, leaf) in enumerate(zip(shapes, leaves, strict=True))
+        ]
+    )
 
 
 def by_source(leaves: Sequence[Any]) -> list[tuple[Source, list[int], list[int]]]:

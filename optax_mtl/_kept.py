@@ -18,7 +18,8 @@ class Kept(_pullbacks.Pullbacks):
     """
 
     def __init__(self, function: _pullbacks.Function, inputs: Any, num_tasks: int | None):
-        self.leaves, treedef = jax.tree.flatten(inputs)
+        leaves, treedef = jax.tree.flatten(inputs)
+        self.leaves = [jnp.asarray(leaf) for leaf in leaves]
         program, shapes = jax.make_jaxpr(lambda *leaves: function(*treedef.unflatten(leaves)), return_shape=True)(
             *self.leaves
         )

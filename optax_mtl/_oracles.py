@@ -82,8 +82,8 @@ def _split_value_and_task_grads(
         parts = loss_fn.with_own_inputs(params, batch, has_aux)
         stacked = parts.cotangents
     else:
-        features, pullback = jax.vjp(lambda trunk: loss_fn.trunk(trunk, batch), params["trunk"])
-        parts = loss_fn.through_heads(features, params, batch, has_aux)
+        features, pullback, rest = jax.vjp(lambda trunk: loss_fn.features(trunk, batch), params["trunk"], has_aux=True)
+        parts = loss_fn.through_heads(features, rest, params, batch, has_aux)
         (stacked,) = pull_back_all(pullback, parts.cotangents, strategy)
     grads = {"trunk": stacked, "heads": jax.tree.map(lambda g: g[None], parts.head_grads)}
     return (parts.losses, parts.aux) if has_aux else parts.losses, grads

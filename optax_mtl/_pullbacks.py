@@ -26,7 +26,8 @@ class Pullbacks(_deferred.Source):
     _cotangents: Any
 
     def __init__(self, function: Function, inputs: Any, num_tasks: int | None):
-        self.leaves, treedef = jax.tree.flatten(inputs)
+        leaves, treedef = jax.tree.flatten(inputs)
+        self.leaves = [jnp.asarray(leaf) for leaf in leaves]
         self.out, self._vjp, self.aux = jax.vjp(
             lambda leaves: function(*treedef.unflatten(leaves)), self.leaves, has_aux=True
         )
@@ -47,7 +48,8 @@ class Pullbacks(_deferred.Source):
     def combine(self, weights: jax.Array, indices: Sequence[int]) -> list[jax.Array]:
         """See `Source`. One backward pass."""
         total = self.pull_back(_gramian.combine(weights, self._cotangents))
-        return [total[i] for i in indices]
+        # If no task takes part, zeros have been pulled back; and where derivatives are infinite these are no zeros.
+        return [jnp.where(jnp.any(weights != 0), total[i], 0) for i in indices]
 
 
 def deferring(
@@ -99,8 +101,8 @@ def _defer_trunk(
             "With own_inputs=True each task goes through the trunk by itself, and nothing is saved by deferring its "
             "gradient: use optax_mtl.value_and_task_grads(loss_fn)."
         )
-    source = make_source(lambda trunk: (loss_fn.trunk(trunk, batch), None), (params["trunk"],), loss_fn.num_tasks)
-    parts = loss_fn.through_heads(source.out, params, batch, has_aux)
+    source = make_source(lambda trunk: loss_fn.features(trunk, batch), (params["trunk"],), loss_fn.num_tasks)
+    parts = loss_fn.through_heads(source.out, source.aux, params, batch, has_aux)
     source.set_cotangents(parts.cotangents)
     trunk_grads = _deferred.defer(source, params["trunk"], loss_fn.num_tasks)
     value = (parts.losses, parts.aux) if has_aux else parts.losses

@@ -57,10 +57,10 @@ def value_and_sketched_grads(
       Theoretical Computer Science 312, 2004: the count sketch
 
     Note:
-      An entry's bucket is its column, shifted by a random number for each row of `size` entries; its sign is that of
-      its row times that of its column. Two entries then meet with probability `1 / size` at most, and as `size` is odd,
-      the signs of two pairs that meet are independent: the variance is that of a count sketch whose hashes are all
-      independent, for a few random numbers a row.
+      An entry's bucket is its column, shifted by a random number for each row of `size` entries, so that two entries
+      meet with probability `1 / size` at most. Its sign is the product of its row's, its column's, and one of a second
+      list of columns, shifted by another random number for each row: a few random numbers a row, and signs that are
+      independent for whatever meets, but with probability `1 / size`.
     """
     size = _base.check_static_int("size", size, 1)
     if size % 2 == 0:
@@ -107,14 +107,15 @@ class _Sketched(_pullbacks.Pullbacks):
         def add_task(total: list[jax.Array], task: Any) -> tuple[list[jax.Array], None]:
             cotangent, of_task = task
             grads = self.pull_back(cotangent)
-            stacks = [
-                _gramian.combine_leaf(w[..., None], grads[i][None]) for w, i in zip(of_task, indices, strict=True)
-            ]
-            return [t + s for t, s in zip(total, stacks, strict=True)], None
+            stacks = [grads[i][None].astype(t.dtype) for t, i in zip(total, indices, strict=True)]
+            terms = [_gramian.combine_leaf(w[..., None], stack) for w, stack in zip(of_task, stacks, strict=True)]
+            return [t + term for t, term in zip(total, terms, strict=True)], None
 
-        zeros = [jnp.zeros_like(self.leaves[i]) for i in indices]
+        leaves = [self.leaves[i] for i in indices]
+        zeros = [jnp.zeros(leaf.shape, _base.accumulator_dtype(leaf)) for leaf in leaves]
         by_task = [jnp.moveaxis(w, -1, 0) for w in weights]
-        return lax.scan(add_task, zeros, (self._cotangents, by_task))[0]
+        total, _ = lax.scan(add_task, zeros, (self._cotangents, by_task))
+        return [t.astype(leaf.dtype) for t, leaf in zip(total, leaves, strict=True)]
 
 
 def count_sketch(vector: jax.Array, size: int, key: jax.Array) -> jax.Array:
@@ -122,14 +123,16 @@ def count_sketch(vector: jax.Array, size: int, key: jax.Array) -> jax.Array:
     if vector.size <= size:
         return vector
     rows = -(-vector.size // size)
-    row_key, column_key, shift_key = jax.random.split(key, 3)
+    row_key, column_key, second_key, shift_key = jax.random.split(key, 4)
     row_signs = jax.random.rademacher(row_key, (rows,), vector.dtype)
     column_signs = jax.random.rademacher(column_key, (size,), vector.dtype)
-    shifts = jax.random.randint(shift_key, (rows,), 0, size)
+    second_signs = jax.random.rademacher(second_key, (size,), vector.dtype)
+    shifts = jax.random.randint(shift_key, (rows, 2), 0, size)
     padded = jnp.pad(vector, (0, rows * size - vector.size)).reshape(rows, size)
 
     def add_row(total: jax.Array, row: Any) -> tuple[jax.Array, None]:
         entries, sign, shift = row
-        return total + sign * jnp.roll(column_signs * entries, shift), None
+        signs = sign * column_signs * jnp.roll(second_signs, shift[1])
+        return total + jnp.roll(signs * entries, shift[0]), None
 
     return lax.scan(add_row, jnp.zeros(size, vector.dtype), (padded, row_signs, shifts))[0]

@@ -91,12 +91,23 @@ class Split:
         """One value a task, in the structure of the heads."""
         return self._structure.unflatten(values)
 
-    def through_heads(self, features: Any, params: Any, batch: Any, has_aux: bool) -> Parts:
+    def features(self, trunk_params: Any, batch: Any) -> tuple[Any, Any]:
+        """What the trunk returns in two trees: floating point, and the rest (masks, say), with None in their places."""
+        features = jax.tree.map(jnp.asarray, self.trunk(trunk_params, batch))
+        floating = jax.tree.map(lambda leaf: leaf if _is_floating(leaf) else None, features)
+        return floating, jax.tree.map(lambda leaf: None if _is_floating(leaf) else leaf, features)
+
+    def through_heads(self, floating: Any, rest: Any, params: Any, batch: Any, has_aux: bool) -> Parts:
         """Each head forward and backward, once."""
         results = []
         for head, head_params, own in self.each(params, batch):
-            value_and_grads = jax.value_and_grad(head, argnums=(0, 1), has_aux=has_aux)
-            results.append(value_and_grads(head_params, features, own))
+
+            def on_floating(head_params: Any, floating: Any, head: Any = head, own: Any = own) -> Any:
+                features = jax.tree.map(lambda f, r: r if f is None else f, floating, rest, is_leaf=lambda x: x is None)
+                return head(head_params, features, own)
+
+            value_and_grads = jax.value_and_grad(on_floating, argnums=(0, 1), has_aux=has_aux)
+            results.append(value_and_grads(head_params, floating))
         return self._collect(results, has_aux)
 
     def with_own_inputs(self, params: Any, batch: Any, has_aux: bool) -> Parts:
@@ -124,6 +135,10 @@ class Split:
         )
 
 
+def _is_floating(leaf: jax.Array) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
 def split(trunk: Callable[..., Any], heads: Any, *, own_inputs: bool = False) -> Split:
     """A loss function of a shared trunk and a head for each task.
 
@@ -131,7 +146,8 @@ def split(trunk: Callable[..., Any], heads: Any, *, own_inputs: bool = False) ->
     only the trunk for all `T`.
 
     Args:
-      trunk: `trunk(trunk_params, batch)` returns the features that all heads see: an array, or any tree of arrays.
+      trunk: `trunk(trunk_params, batch)` returns the features that all heads see: an array, or any tree of arrays
+        (with masks and the like among them).
       heads: a function for each task, in a list or a dict by name (or any tree); they may be different functions of
         different parameters. `head(head_params, features, batch)` returns its task's loss, a scalar; or the loss and
         auxiliary data, for oracles with `has_aux=True`. The order of the task axis is that of the tree's leaves (a

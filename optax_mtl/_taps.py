@@ -106,7 +106,7 @@ def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], taps
         if results is None:
             results = _bind(eqn, [_tap(operand, taps) for operand in operands])
         write(eqn.outvars, results)
-    return [_tap(read(var), taps) for var in jaxpr.outvars]
+    return [_tap(read(var), taps) if isinstance(var, core.Var) else jnp.asarray(var.val) for var in jaxpr.outvars]
 
 
 def _bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -193,6 +193,8 @@ def _product(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[An
     columns = math.prod(x.shape[axis] for axis in x_axes)
     rows = math.prod(x.shape) // max(columns, 1)
     outputs = math.prod(tapped.value.shape) // max(columns, 1)
+    if 0 in (rows, columns, outputs):
+        return None
     free = [axis for axis in range(x.ndim) if axis not in x_axes]
     product = Product(
         lambda x, w: _bind(eqn, [w, x] if side == 0 else [x, w])[0],
@@ -327,7 +329,9 @@ class _VjpTaps:
             x, w, companion = residuals
             rows = product.result_rows(cotangent)
             towards_w, of_companion = self._product(cotangent, rows, companion, product.x_rows(x))
-            (of_x,) = jax.linear_transpose(lambda x: product.multiply(x, w), x)(cotangent)
+            of_x = None  # of integers and bools there are no cotangents
+            if jnp.issubdtype(x.dtype, jnp.floating):
+                (of_x,) = jax.linear_transpose(lambda x: product.multiply(x, w), x)(cotangent)
             (of_w,) = jax.linear_transpose(lambda w: product.multiply(x, w), w)(towards_w)
             return of_x, of_w, of_companion
 

@@ -131,7 +131,7 @@ def weighting(
         if needs_norms or not _deferred.is_deferred(updates):
             return balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))
         combined = balance(jnp.eye(num_tasks, dtype=_base.accumulator_dtype(updates)))
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(combined[0])]))
+        finite = jnp.isfinite(optax.tree.norm(combined[0], squared=True))
         return lax.cond(
             finite, lambda: combined, lambda: balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))
         )

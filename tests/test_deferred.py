@@ -221,6 +221,67 @@ def test_every_weighting_takes_them(case):
             state = after
 
 
+# -- What reviewers and users stumble on ------------------------------------------------------------------------------
+
+
+@EXACT
+@pytest.mark.parametrize("dtype", [jnp.bool_, jnp.int8, jnp.int32])
+def test_products_of_integers(oracle, dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 2, (2, 16)), dtype)
+    w, v = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((16, 16), (16, T)))
+    loss_fn = lambda w, x: jnp.mean(jnp.tanh(lax.dot(x, w, preferred_element_type=jnp.float32) @ v) ** 2, axis=0)
+    tx = mtl.blockwise(mtl.upgrad(T))
+    expected = through(mtl.value_and_task_grads, tx, loss_fn)(w, tx.init(w), x)
+    assert_close(through(oracle, tx, loss_fn)(w, tx.init(w), x), expected)
+
+
+@EXACT
+def test_empty_and_scalar_parameters(oracle):
+    x, v = jnp.ones((2, 3)), jnp.arange(9.0).reshape(3, T)
+
+    def loss_fn(params, x):
+        y = x @ params["w"] + jnp.zeros((2, 0)) @ params["none"]
+        return jnp.mean(jnp.tanh(y * params["scale"]) @ v, axis=0)
+
+    params = {"w": jnp.ones((3, 3)) / 7, "none": jnp.zeros((0, 3)), "scale": 0.5}
+    for tx in (mtl.mgda(T), mtl.blockwise(mtl.mgda(T))):
+        state = tx.init(jax.tree.map(jnp.asarray, params))
+        grads, expected = oracle(loss_fn)(params, x)[1], mtl.value_and_task_grads(loss_fn)(params, x)[1]
+        assert_close(tx.update(grads, state), tx.update(expected, state))
+
+
+@pytest.mark.parametrize("method", [mtl.upgrad, mtl.sum_tasks, lambda n: mtl.update_every(n, mtl.mgda(n), every=2)])
+@pytest.mark.parametrize("oracle", [mtl.value_and_task_grads, LIGHT, KEPT, SKETCHED])
+def test_no_task_left_is_no_update(oracle, method):
+    """An infinite derivative reaches all tasks where the loss is not split, and nothing reaches the parameters."""
+    loss_fn = lambda w, x: jnp.stack([jnp.sum((x @ w) ** 2), jnp.sum(jnp.sqrt(x @ w - x @ w)), jnp.sum(x @ w)])
+    w, x = jnp.ones(6), jnp.ones((2, 6))
+    tx = method(T)
+    _, update, _ = through(oracle, tx, loss_fn)(w, tx.init(w), x)
+    np.testing.assert_array_equal(update, 0)
+
+
+@pytest.mark.parametrize("method", [mtl.sum_tasks, lambda n: mtl.update_every(n, mtl.mgda(n), every=3)])
+@pytest.mark.parametrize("oracle", [LIGHT, KEPT])
+def test_a_task_that_overflows_for_a_step(oracle, method):
+    """It is set aside, counted, and comes back with weights of its own, as with gradients."""
+
+    def loss_fn(w, scale):
+        y = jnp.tanh(w)
+        return jnp.stack([jnp.sum(y**2), scale * jnp.sum(y * jnp.arange(6.0)), jnp.sum(jnp.sin(3 * w))])
+
+    tx, w = method(T), jnp.arange(1.0, 7.0) / 5
+    exact, deferred = through(mtl.value_and_task_grads, tx, loss_fn), through(oracle, tx, loss_fn)
+    state = same = tx.init(w)
+    for scale in (1e25, 1.0, 1.0):
+        _, expected, state = exact(w, state, jnp.array(scale))
+        _, actual, same = deferred(w, same, jnp.array(scale))
+        assert_close(actual, expected)
+        assert_close(same.task_weights, state.task_weights)
+    assert same.nonfinite_count.tolist() == [0, int(method is mtl.sum_tasks), 0]  # of weight zero, nobody asks
+
+
 # -- Split losses ----------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +348,25 @@ def test_each_task_with_its_own_inputs():
         mtl.value_and_task_grads(own)(params, batches | {"d": batches["a"]})
 
 
+@pytest.mark.parametrize("oracle", [mtl.value_and_task_grads, LIGHT, KEPT, SKETCHED, mtl.value_and_feature_grads])
+def test_features_may_be_masks(oracle):
+    """What is not floating point goes to the heads, and nothing is pulled back to it."""
+    loss_fn, params, batch = split_problem()
+
+    def masked_trunk(p, batch):
+        return trunk(p, batch) | {"keep": batch["x"][:, 0] > 0, "rows": 4}
+
+    def masked(head):
+        return lambda p, z, batch: head(p, {"z": jnp.where(z["keep"][:, None], z["z"], 0)}, batch)
+
+    own = mtl.split(masked_trunk, jax.tree.map(masked, loss_fn.heads))
+    losses, grads = oracle(own)(params, batch)
+    e_losses, expected = mtl.value_and_task_grads(whole(own))(params, batch)
+    weights = jnp.array([0.2, 0.0, 3.0])
+    assert_close(losses, e_losses, 1e-5)
+    assert_close(mtl.combine(weights, grads["trunk"]), mtl.combine(weights, expected["trunk"]), 1e-4)
+
+
 def test_heads_may_return_auxiliary_data():
     loss_fn, params, batch = split_problem()
     with_aux = jax.tree.map(lambda f: lambda *args: (f(*args), {"rows": jnp.array(4)}), loss_fn.heads)
@@ -339,6 +419,7 @@ def test_sketches_are_unbiased_with_the_error_they_state():
     rng = np.random.default_rng(0)
     grads = rng.standard_normal((2, n)) * np.exp(2 * rng.standard_normal(n))  # a few entries hold most of the norm
     grads[1] += 0.5 * grads[0]
+    grads = np.concatenate([grads, np.ones((1, n))])  # and one whose rows of entries are all alike
     loss_fn = lambda w: jnp.asarray(grads, jnp.float32) @ w
     estimate = lambda key: mtl.task_gramian(mtl.value_and_sketched_grads(loss_fn, size=size, key=key)(jnp.zeros(n))[1])
     gramians = jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(0), draws))

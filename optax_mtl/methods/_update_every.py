@@ -65,6 +65,8 @@ def update_every(
       `update_weights_every`
 
     Note:
+      With deferred gradients, a task that is not finite while its weight is zero is not counted as such.
+
       Only steps in which a task takes part count for its weight. If the weight of any task that is present is due,
       those of all that are present are computed anew, so that tasks that are there in some batches only get theirs. A
       method that learns or averages (`uncertainty`, `cr_mogm`) sees only the steps in which it runs, and one that
@@ -95,12 +97,13 @@ def update_every(
             else:  # for the weights their Gramian will do, and they are not summed here
                 given, in_metric = Gramian(task_gramian(task_grads, metric)), {}
             _, after = weigher.update(given, before, task_mask=present, **in_metric, **arguments)
-            due = jnp.where(present, jnp.asarray(every, jnp.int32), state.due)
-            return UpdateEveryState(after.method, _base.where_present(present, after.task_weights, state.weights), due)
+            here = present & after.task_present  # with deferred gradients only the inner method knows who is finite
+            due = jnp.where(here, jnp.asarray(every, jnp.int32), state.due)
+            return UpdateEveryState(after.method, _base.where_present(here, after.task_weights, state.weights), due)
 
         is_due = jnp.any(present & (state.due == 0))
         state = lax.cond(is_due, compute, lambda state: state, state)
-        return state.weights, state._replace(due=state.due - present.astype(jnp.int32))
+        return state.weights, state._replace(due=jnp.maximum(state.due - present.astype(jnp.int32), 0))
 
     return weighting(
         "update_every",
