@@ -74,13 +74,49 @@ def test_gramian_is_a_pytree():
     assert repr(gramian).startswith("Gramian(")
 
 
-def test_one_pass_needs_no_memory_of_the_gradients_size():
-    """Counted in the compiled program: no copy, transposed or cleaned, of the task gradients."""
-    tx = mtl.mgda(num_tasks=8)
-    params = jnp.zeros((300, 400), jnp.float32)
-    task_grads = jnp.zeros((8, 300, 400), jnp.float32)
-    compiled = jax.jit(tx.update).lower(task_grads, tx.init(params), params).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < params.nbytes
+def temporary_bytes(function, *given):
+    return jax.jit(function).lower(*given).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("num_tasks", [2, 8, 16, 40])
+def test_one_pass_needs_no_memory_of_the_gradients_size(num_tasks, dtype):
+    """Counted in the compiled program: no copy, transposed, widened or cleaned, of the task gradients."""
+    params = jax.ShapeDtypeStruct((700, 999), dtype)
+    grads = jax.ShapeDtypeStruct((num_tasks, 700, 999), dtype)
+    least = 700 * 999 * 4  # one task's gradient, accumulated
+    assert temporary_bytes(lambda g: mtl.task_gramian(g), grads) < least / 2
+    assert temporary_bytes(mtl.task_gramian, grads, params) < least / 2
+    assert temporary_bytes(mtl.task_cross_gramian, grads, grads) < least / 2
+    assert temporary_bytes(mtl.combine, jax.ShapeDtypeStruct((num_tasks,), jnp.float32), grads) < 1.1 * least
+    tx = mtl.mgda(num_tasks)
+    assert temporary_bytes(tx.update, grads, tx.init(jnp.zeros(params.shape, dtype))) < 1.5 * least
+
+
+@pytest.mark.parametrize(("method", "options", "most"), [("trimmed_mean", {"k": 1}, 2), ("excess_mtl", {}, 1)])
+def test_what_is_done_entry_by_entry_needs_none_either(method, options, most):
+    tx = getattr(mtl, method)(8, **options)
+    grads = jnp.zeros((8, 700, 999))
+    update = jax.jit(tx.update, donate_argnums=1)
+    memory = update.lower(grads, tx.init(grads[0])).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < most * grads[0].nbytes
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("num_tasks", [3, 8])
+def test_what_is_done_by_columns_is_what_is_done_at_once(num_tasks, dtype):
+    """On leaves that are no multiple of anything; against the same on leaves too small to be cut."""
+    rng = np.random.default_rng(0)
+    whole = jnp.asarray(rng.standard_normal((num_tasks, 101, 299)), dtype)
+    parts = [whole[:, i : i + 10] for i in range(0, 101, 10)]
+    for make in (lambda: mtl.trimmed_mean(num_tasks, k=1), lambda: mtl.excess_mtl(num_tasks)):
+        tx = make()
+        update, state = tx.update(whole, tx.init(whole[0]))
+        update_of_parts, state_of_parts = tx.update(parts, tx.init([part[0] for part in parts]))
+        close = {"rtol": 1e-4, "atol": 1e-4} if dtype == jnp.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        expected = np.concatenate([np.asarray(part, np.float32) for part in update_of_parts])
+        np.testing.assert_allclose(np.asarray(update, np.float32), expected, **close)
+        np.testing.assert_allclose(state.task_weights, state_of_parts.task_weights, rtol=1e-3)
 
 
 @pytest.mark.parametrize("along", [jnp.float32, jnp.bfloat16])

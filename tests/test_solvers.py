@@ -293,6 +293,21 @@ def test_worst_case_in_ball_closes_the_duality_gap(kind, num_tasks, radius):
         assert bound - worst <= 1e-5 * np.diag(exact).max()
 
 
+def test_an_active_set_does_not_go_in_circles():
+    """Counted: where the support is not unique, rounding used to let one variable in and out until the bound, 180."""
+    rng = np.random.default_rng(0)
+    matrices = np.matmul(rng.standard_normal((256, 16, 8)), rng.standard_normal((256, 8, 200))).astype(np.float32)
+
+    def rounds(gramian, task):
+        unit, _ = _solvers.cosines(gramian)
+        start = _solvers._Iterate.start(unit[task] < 0, unit.dtype)._replace(x=jnp.zeros(16))
+        return _solvers._active_set(unit, -unit[task], jnp.ones(16, bool), start).rounds
+
+    gramians = jnp.asarray(matrices @ matrices.transpose(0, 2, 1))
+    counted = jax.jit(jax.vmap(jax.vmap(rounds, (None, 0)), (0, None)))(gramians, jnp.arange(16))
+    assert counted.max() <= 40
+
+
 def test_solvers_under_vmap_tell_the_same():
     gramians = jnp.stack([jnp.asarray(m @ m.T) for m in (gradients("gaussian", 5, 2 + 3 * k) for k in range(4))])
     everyone = jnp.ones(5, bool)
