@@ -92,29 +92,6 @@ def absolute_sums(contributions: Any) -> jax.Array:
     )
 
 
-def mix_by_columns(
-    mix: Callable[..., tuple[jax.Array, jax.Array]], leaf: jax.Array, *others: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The update of a leaf and the sizes of its contributions, which need not be stored.
-
-    Args:
-      mix: `mix(leaf, *others)` returns the update `(*shape)` and the sizes `(T,)`, for some of the parameters too.
-      leaf: `(T, *shape)`.
-      *others: `(*shape)`.
-
-    Returns:
-      `(*shape)`, in the leaf's dtype, and `(T,)`.
-    """
-
-    def some(read: Any, _: jax.Array) -> tuple[jax.Array, jax.Array]:
-        update, sizes = mix(*read)
-        return sizes, update.astype(leaf.dtype)
-
-    shape = leaf.shape[1:]
-    sizes, update = _gramian.by_columns(some, shape, (leaf, *others), jnp.zeros(shape, leaf.dtype))
-    return update, sizes
-
-
 def _shares(sizes: jax.Array) -> jax.Array:
     """`sizes` divided by their sum over the tasks, the last axis; zero where that is zero."""
     return sizes / jnp.maximum(jnp.sum(sizes, axis=-1, keepdims=True), jnp.finfo(sizes.dtype).tiny)

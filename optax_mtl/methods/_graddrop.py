@@ -7,7 +7,7 @@ from jax import numpy as jnp
 import optax
 
 from optax_mtl import _base, _gramian
-from optax_mtl._mixing import absolute_sums, mix_by_columns, mixer, per_leaf
+from optax_mtl._mixing import absolute_sums, mixer
 
 
 class GradDropState(NamedTuple):
@@ -71,27 +71,23 @@ def graddrop(
     _base.check_number("leak", leak, 0, 1)
     first_key = _base.as_key("graddrop", key)
 
+    def drop(leaf: jax.Array, key: jax.Array, present: jax.Array) -> jax.Array:
+        grads = leaf.astype(_base.accumulator_dtype(leaf))
+        counted = present.astype(grads.dtype)
+        total, absolute = _gramian.combine(counted, grads), _gramian.combine(counted, jnp.abs(grads))
+        purity = (1 + jnp.where(absolute > 0, total / jnp.where(absolute > 0, absolute, 1), 0)) / 2
+        draw = jax.random.uniform(key, total.shape, jnp.float32).astype(grads.dtype)
+        keeps = jnp.where((draw < purity)[None], grads > 0, grads < 0).astype(grads.dtype)
+        leaks = jnp.broadcast_to(jnp.asarray(leak, grads.dtype), (num_tasks,)).reshape((-1,) + (1,) * total.ndim)
+        return ((leaks + (1 - leaks) * keeps) * grads).astype(leaf.dtype)
+
     def mix(
         task_grads: _base.TaskGrads, state: GradDropState, *, present: jax.Array, **_: Any
     ) -> tuple[Any, Any, GradDropState]:
         key, now = jax.random.split(state.key)
         leaves, treedef = jax.tree.flatten(task_grads)
         keys = jax.random.split(now, len(leaves))
-
-        def drop(leaf: jax.Array, draw: jax.Array) -> tuple[jax.Array, jax.Array]:
-            grads = leaf.astype(_base.accumulator_dtype(leaf))
-            counted = present.astype(grads.dtype)
-            total, absolute = _gramian.combine(counted, grads), _gramian.combine(counted, jnp.abs(grads))
-            purity = (1 + jnp.where(absolute > 0, total / jnp.where(absolute > 0, absolute, 1), 0)) / 2
-            keeps = jnp.where((draw.astype(grads.dtype) < purity)[None], grads > 0, grads < 0).astype(grads.dtype)
-            leaks = per_leaf(jnp.broadcast_to(jnp.asarray(leak, grads.dtype), (num_tasks,)), grads)
-            kept = ((leaks + (1 - leaks) * keeps) * grads).astype(leaf.dtype)
-            return _gramian.combine(counted, kept), absolute_sums(kept)[0]
-
-        draws = [jax.random.uniform(k, leaf.shape[1:], jnp.float32) for leaf, k in zip(leaves, keys, strict=True)]
-        mixed, sizes = zip(
-            *(mix_by_columns(drop, leaf, draw) for leaf, draw in zip(leaves, draws, strict=True)), strict=True
-        )
-        return treedef.unflatten(mixed), jnp.stack(sizes), GradDropState(key)
+        kept = treedef.unflatten([drop(leaf, k, present) for leaf, k in zip(leaves, keys, strict=True)])
+        return _gramian.combine(present.astype(jnp.float32), kept), absolute_sums(kept), GradDropState(key)
 
     return mixer("graddrop", num_tasks, mix, lambda params: GradDropState(first_key))

@@ -7,7 +7,7 @@ from jax import lax, numpy as jnp
 import optax
 
 from optax_mtl import _base, _gramian
-from optax_mtl._mixing import absolute_sums, mix_by_columns, mixer
+from optax_mtl._mixing import absolute_sums, mixer
 
 _UNROLL = 12  # tasks; beyond, XLA keeps the comparisons of all tasks, T times the gradients, unless in a loop
 
@@ -69,15 +69,9 @@ def trimmed_mean(num_tasks: int, *, k: int | jax.Array) -> optax.GradientTransfo
     def mix(task_grads: _base.TaskGrads, state: Any, *, present: jax.Array, **_: Any) -> tuple[Any, Any, Any]:
         number = jnp.sum(present)
         trimmed = jnp.minimum(jnp.asarray(k, number.dtype), jnp.maximum(number - 1, 0) // 2)
+        kept = jax.tree.map(lambda leaf: keep(leaf, present, trimmed), task_grads)
         dtype = _base.accumulator_dtype(task_grads)
         weights = present.astype(dtype) / jnp.maximum(number - 2 * trimmed, 1).astype(dtype)
-
-        def trim(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-            kept = keep(leaf, present, trimmed)
-            return _gramian.combine(weights, kept), absolute_sums(kept)[0].astype(dtype)
-
-        leaves, treedef = jax.tree.flatten(task_grads)
-        mixed, sizes = zip(*(mix_by_columns(trim, leaf) for leaf in leaves), strict=True)
-        return treedef.unflatten(mixed), jnp.stack(sizes), state
+        return _gramian.combine(weights, kept), absolute_sums(kept), state
 
     return mixer("trimmed_mean", num_tasks, mix)
