@@ -9,8 +9,6 @@ import hypothesis
 import jax
 import pytest
 
-from optax_mtl import _xla
-
 # The first example of a test compiles a program, so there is no deadline; seeds are fixed, as CI must not waver.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("default")
@@ -21,7 +19,6 @@ hypothesis.settings.load_profile("default")
 if jax.__version_info__ < (0, 11):
     _FAST = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST}".strip()
-_xla.set_flag()
 
 # These compile much and compute little, about maths that does not depend on it: XLA need not optimise. (All others, of
 # the solvers, of each method by itself and of what is counted, run what users run.)

@@ -168,7 +168,7 @@ def test_the_pairs_are_all_the_memory_that_it_takes():
     assert state.method.products.nbytes == 36 * params.nbytes
     assert tx.init(jnp.zeros(2, jnp.bfloat16)).method.products.dtype == jnp.float32
     step = jax.jit(tx.update, donate_argnums=1).lower(jnp.ones((8, params.size)), state)
-    assert step.compile().memory_analysis().temp_size_in_bytes < 2 * params.nbytes
+    assert step.compile().memory_analysis().temp_size_in_bytes < 3 * params.nbytes  # some columns of the gradients
 
 
 def test_a_thing_without_weights_is_refused():
