@@ -29,7 +29,7 @@ def sum_tasks(num_tasks: int) -> optax.GradientTransformationExtraArgs:
     def ones(gramian: jax.Array, state: Any, **_: Any) -> tuple[jax.Array, Any]:
         return jnp.ones_like(gramian[0]), state
 
-    return _weighting.weighting("sum_tasks", num_tasks, ones, needs_gramian=False, needs_norms=False)
+    return _weighting.weighting("sum_tasks", num_tasks, ones, needs_norms=False)
 
 
 def mean_tasks(num_tasks: int) -> optax.GradientTransformationExtraArgs:
@@ -51,7 +51,7 @@ def mean_tasks(num_tasks: int) -> optax.GradientTransformationExtraArgs:
     def equal(gramian: jax.Array, state: Any, *, present: jax.Array, **_: Any) -> tuple[jax.Array, Any]:
         return _base.equal_weights(present, gramian.dtype), state
 
-    return _weighting.weighting("mean_tasks", num_tasks, equal, needs_gramian=False, needs_norms=False)
+    return _weighting.weighting("mean_tasks", num_tasks, equal, needs_norms=False)
 
 
 def per_task(inner: optax.GradientTransformation, num_tasks: int) -> optax.GradientTransformationExtraArgs:

@@ -60,8 +60,8 @@ def weighting(
         `equal_weights`, `masked_softmax`, `where_present` (in `_base`) and `reciprocal` (in `_solvers`) help with that.
       init: `init(dtype, params)` returns the method's first state; `dtype` is the weights'.
       needs_gramian: whether the rule looks at more than the diagonal.
-      needs_norms: whether it looks at that. If not, deferred gradients are summed without it, and only if the sum is
-        not finite are the norms asked which tasks were to blame.
+      needs_norms: whether it looks at that, or at more. If not, deferred gradients are summed without it, and only if
+        the sum is not finite are the norms asked which tasks were to blame.
       needs_gradients: whether the rule looks at `task_grads`, so that a `Gramian` will not do.
       needs_losses: whether `losses` must be given.
       positive_losses: whether the rule is for losses that are not negative (it takes their logarithm, say).
@@ -126,7 +126,7 @@ def weighting(
                 _base.next_balance_state(state, weights, present, nonfinite, method_state),
             )
 
-        if needs_gramian:
+        if needs_gramian and needs_norms:
             return balance(_gramian.task_gramian(updates, metric))
         if needs_norms or not _deferred.is_deferred(updates):
             return balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))

@@ -190,10 +190,6 @@ def _runner(program: _timing.Program, workload: _workloads.Workload, state: Any)
 # -- Their steps ---------------------------------------------------------------
 
 
-class PeersError(Exception):
-    """TorchJD is not there, or could not do what was asked for."""
-
-
 class Peers:
     """TorchJD in a process of its own, which takes turns with this one."""
 
@@ -208,7 +204,7 @@ class Peers:
         )
         try:
             self.versions = self._answer()
-        except PeersError:
+        except _speed_peers.PeersError:
             self.close()
             raise
 
@@ -231,10 +227,10 @@ class Peers:
             status = self._process.wait()
             self._stderr.seek(0)
             last = self._stderr.read().strip().rpartition("\n")[2]
-            raise PeersError(f"its process ended with exit status {status}: {last}")
+            raise _speed_peers.PeersError(f"its process ended with exit status {status}: {last}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise PeersError(answer["error"])
+            raise _speed_peers.PeersError(answer["error"])
         return answer
 
 
@@ -259,7 +255,7 @@ def _peer_runners(
             run = runner(way, method)
             try:
                 run()
-            except PeersError as error:
+            except _speed_peers.PeersError as error:
                 notes.append(f"{case}: {way}, {method}: {error}")
                 continue
             found[way, method] = run
@@ -573,7 +569,7 @@ def run(
     try:
         peers = Peers(peers_python)
         machine |= peers.versions
-    except PeersError as error:
+    except _speed_peers.PeersError as error:
         notes.append(f"Without TorchJD ({error}). Write: pip install 'optax-mtl[peers]'")
     try:
         results, found = _measure_sections(sections, full, peers, notes, choice)

@@ -14,7 +14,7 @@ import optax
 
 import optax_mtl as mtl
 from optax_mtl import _weighting
-from optax_mtl.experiments import _timing
+from optax_mtl.experiments import _speed_peers, _timing
 
 _Row = dict[str, Any]
 _Make = Callable[[int], Any]  # a method, from the number of tasks
@@ -258,7 +258,7 @@ def measure_aggregation(
                 ask = functools.partial(peers.ask, "aggregate", method=name)
                 try:
                     ask()
-                except Exception as error:  # it says which of its solvers is missing, say
+                except _speed_peers.PeersError as error:  # it says which of its solvers is missing, say
                     if notes is None:
                         raise
                     notes.append(f"TorchJD, {name}: {error}")

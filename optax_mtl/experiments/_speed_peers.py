@@ -25,6 +25,10 @@ AUTOGRAM = "TorchJD: autogram"
 WAYS = (MTL_BACKWARD, BY_PARAMETER, ONE_BY_ONE, AUTOGRAM)  # as it comes, and with what its documentation offers
 
 
+class PeersError(Exception):
+    """TorchJD is not there, or could not do what was asked for."""
+
+
 class Peer(NamedTuple):
     """An aggregator of TorchJD.
 

@@ -97,7 +97,6 @@ def adaptive_weight_assignment(
         num_tasks,
         by_step if steps_per_epoch is None else by_epoch,
         lambda dtype, params: () if steps_per_epoch is None else init_epoch_means(num_tasks, 1, dtype),
-        needs_gramian=False,
         needs_norms=False,
         needs_losses=True,
     )

@@ -96,4 +96,4 @@ def cosmos(
     ) -> tuple[jax.Array, Any]:
         return cosmos_weights(losses, lam=lam, preference=preference, present=present), state
 
-    return weighting("cosmos", num_tasks, rule, needs_gramian=False, needs_norms=False, needs_losses=True)
+    return weighting("cosmos", num_tasks, rule, needs_norms=False, needs_losses=True)

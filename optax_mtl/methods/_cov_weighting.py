@@ -118,13 +118,4 @@ def cov_weighting(num_tasks: int, *, mean_decay: _base.Scalar | None = None) -> 
         )
         return weights, _base.where_present(present, new, state)
 
-    return weighting(
-        "cov_weighting",
-        num_tasks,
-        rule,
-        init,
-        needs_gramian=False,
-        needs_norms=False,
-        needs_losses=True,
-        positive_losses=True,
-    )
+    return weighting("cov_weighting", num_tasks, rule, init, needs_norms=False, needs_losses=True, positive_losses=True)

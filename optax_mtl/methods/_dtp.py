@@ -103,4 +103,4 @@ def dtp(
         average = jnp.where(told, rate * latest + (1 - rate) * average, average)
         return dtp_weights(average, gamma), DTPState(average, state.seen | told)
 
-    return weighting("dtp", num_tasks, rule, init, needs_gramian=False, needs_norms=False)
+    return weighting("dtp", num_tasks, rule, init, needs_norms=False)

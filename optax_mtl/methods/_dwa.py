@@ -84,7 +84,6 @@ def dwa(
         num_tasks,
         rule,
         lambda dtype, params: init_epoch_means(num_tasks, 2, dtype),
-        needs_gramian=False,
         needs_norms=False,
         needs_losses=True,
     )

@@ -168,12 +168,5 @@ def famo(
         return jnp.where(present, weights, 0), FAMOState(learned, log_losses, step, last_step)
 
     return weighting(
-        "famo",
-        num_tasks,
-        rule,
-        init,
-        needs_gramian=False,
-        needs_norms=False,
-        needs_losses=True,
-        positive_losses=reference is None,
+        "famo", num_tasks, rule, init, needs_norms=False, needs_losses=True, positive_losses=reference is None
     )

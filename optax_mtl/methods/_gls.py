@@ -71,6 +71,4 @@ def gls(num_tasks: int) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[jax.Array, Any]:
         return gls_weights(losses, present=present), state
 
-    return weighting(
-        "gls", num_tasks, rule, needs_gramian=False, needs_norms=False, needs_losses=True, positive_losses=True
-    )
+    return weighting("gls", num_tasks, rule, needs_norms=False, needs_losses=True, positive_losses=True)

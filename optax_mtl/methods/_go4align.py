@@ -146,7 +146,6 @@ def go4align(
         num_tasks,
         rule,
         lambda dtype, params: init_log_shares(num_tasks, dtype),
-        needs_gramian=False,
         needs_norms=False,
         needs_losses=True,
         positive_losses=True,

@@ -62,7 +62,6 @@ def group_dro(num_tasks: int, *, step_size: _base.Scalar = 0.01) -> optax.Gradie
         num_tasks,
         rule,
         lambda dtype, params: init_log_shares(num_tasks, dtype),
-        needs_gramian=False,
         needs_norms=False,
         needs_losses=True,
     )

@@ -99,6 +99,4 @@ def igb(num_tasks: int, *, steps_per_epoch: int = 100, base_epoch: int = 1) -> o
         base_losses = jnp.where(state.epochs.epochs > base_epoch, state.base_losses, epochs.means[:, 0])
         return igb_weights(losses, base, present=present), IGBState(epochs, base_losses)
 
-    return weighting(
-        "igb", num_tasks, rule, init, needs_gramian=False, needs_norms=False, needs_losses=True, positive_losses=True
-    )
+    return weighting("igb", num_tasks, rule, init, needs_norms=False, needs_losses=True, positive_losses=True)

@@ -72,7 +72,6 @@ def imtl_l(
         num_tasks,
         rule,
         lambda dtype, params: init_learned_scalars(inner, jnp.zeros(num_tasks, dtype)),
-        needs_gramian=False,
         needs_norms=False,
         needs_losses=True,
     )

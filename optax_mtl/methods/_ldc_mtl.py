@@ -120,13 +120,4 @@ def ldc_mtl(
         learned = learn_scalars(inner, state.logits, grads, present)
         return router * scales * factors, LDCMTLState(learned, initial, seen)
 
-    return weighting(
-        "ldc_mtl",
-        num_tasks,
-        rule,
-        init,
-        needs_gramian=False,
-        needs_norms=False,
-        needs_losses=True,
-        positive_losses=True,
-    )
+    return weighting("ldc_mtl", num_tasks, rule, init, needs_norms=False, needs_losses=True, positive_losses=True)

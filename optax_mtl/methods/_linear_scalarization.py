@@ -52,4 +52,4 @@ def linear_scalarization(
         share = _base.equal_weights(present, gramian.dtype) if reduction == "mean" else present.astype(gramian.dtype)
         return share if weights is None else share * jnp.asarray(weights, gramian.dtype), state
 
-    return weighting("linear_scalarization", num_tasks, rule, needs_gramian=False, needs_norms=False)
+    return weighting("linear_scalarization", num_tasks, rule, needs_norms=False)

@@ -103,4 +103,4 @@ def pbi(
         weights = pbi_weights(losses, theta=theta, preference=preference, reference=reference, present=present)
         return weights, state
 
-    return weighting("pbi", num_tasks, rule, needs_gramian=False, needs_norms=False, needs_losses=True)
+    return weighting("pbi", num_tasks, rule, needs_norms=False, needs_losses=True)

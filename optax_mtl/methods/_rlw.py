@@ -85,6 +85,4 @@ def rlw(
         weights = rlw_weights(draws, distribution=distribution, present=present)
         return jnp.asarray(total, gramian.dtype) * weights, RLWState(key)
 
-    return weighting(
-        "rlw", num_tasks, rule, lambda dtype, params: RLWState(first_key), needs_gramian=False, needs_norms=False
-    )
+    return weighting("rlw", num_tasks, rule, lambda dtype, params: RLWState(first_key), needs_norms=False)

@@ -78,12 +78,4 @@ def scale_invariant(
         chosen = _base.preference_or(preference, jnp.ones_like(losses), present)
         return scale_invariant_weights(losses, chosen, mode=mode), state
 
-    return weighting(
-        "scale_invariant",
-        num_tasks,
-        rule,
-        needs_gramian=False,
-        needs_norms=False,
-        needs_losses=True,
-        positive_losses=True,
-    )
+    return weighting("scale_invariant", num_tasks, rule, needs_norms=False, needs_losses=True, positive_losses=True)

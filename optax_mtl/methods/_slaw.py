@@ -104,4 +104,4 @@ def slaw(num_tasks: int, *, beta: _base.Scalar = 0.99) -> optax.GradientTransfor
         weights = jnp.where(known, weights, 1)
         return weights, _base.where_present(present, SLAWState(state.steps + 1, mean, deviation), state)
 
-    return weighting("slaw", num_tasks, rule, init, needs_gramian=False, needs_norms=False, needs_losses=True)
+    return weighting("slaw", num_tasks, rule, init, needs_norms=False, needs_losses=True)

@@ -135,7 +135,6 @@ def stch(
         num_tasks,
         plain if form == "plain" else log,
         lambda dtype, params: () if form == "plain" else init_epoch_means(num_tasks, 1, dtype),
-        needs_gramian=False,
         needs_norms=False,
         needs_losses=True,
         positive_losses=form == "log",

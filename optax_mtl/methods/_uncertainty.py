@@ -102,7 +102,6 @@ def uncertainty(
         num_tasks,
         rule,
         lambda dtype, params: init_learned_scalars(inner, jnp.full(num_tasks, init, dtype)),
-        needs_gramian=False,
         needs_norms=False,
         needs_losses=True,
     )

@@ -105,12 +105,4 @@ def update_every(
         state = lax.cond(is_due, compute, lambda state: state, state)
         return state.weights, state._replace(due=jnp.maximum(state.due - present.astype(jnp.int32), 0))
 
-    return weighting(
-        "update_every",
-        num_tasks,
-        rule,
-        init,
-        needs_gramian=False,
-        needs_norms=False,
-        needs_gradients=weigher.needs_gradients,
-    )
+    return weighting("update_every", num_tasks, rule, init, needs_norms=False, needs_gradients=weigher.needs_gradients)

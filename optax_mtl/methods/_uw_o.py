@@ -68,6 +68,4 @@ def uw_o(num_tasks: int) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[jax.Array, Any]:
         return uw_o_weights(losses, present=present), state
 
-    return weighting(
-        "uw_o", num_tasks, rule, needs_gramian=False, needs_norms=False, needs_losses=True, positive_losses=True
-    )
+    return weighting("uw_o", num_tasks, rule, needs_norms=False, needs_losses=True, positive_losses=True)

@@ -71,6 +71,4 @@ def uw_so(num_tasks: int, *, temperature: _base.Scalar = 1.0) -> optax.GradientT
     ) -> tuple[jax.Array, Any]:
         return uw_so_weights(losses, temperature=temperature, present=present), state
 
-    return weighting(
-        "uw_so", num_tasks, rule, needs_gramian=False, needs_norms=False, needs_losses=True, positive_losses=True
-    )
+    return weighting("uw_so", num_tasks, rule, needs_norms=False, needs_losses=True, positive_losses=True)

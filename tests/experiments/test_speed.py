@@ -135,7 +135,7 @@ def test_a_worker_that_dies_says_why(monkeypatch, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text("raise SystemExit('out of memory')", encoding="utf-8")
     monkeypatch.setattr(_speed_peers, "__file__", str(script))
-    with pytest.raises(_speed.PeersError, match="exit status 1: out of memory"):
+    with pytest.raises(_speed_peers.PeersError, match="exit status 1: out of memory"):
         _speed.Peers(sys.executable)
 
 
