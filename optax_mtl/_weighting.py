@@ -9,7 +9,7 @@ from jax import lax, numpy as jnp
 import numpy as np
 import optax
 
-from optax_mtl import _base, _deferred, _gramian
+from optax_mtl import _base, _gramian
 
 # rule(gramian, method_state, *, present, losses, params, task_grads, metric, **extra_args) -> (weights, method_state)
 Rule = Callable[..., tuple[jax.Array, Any]]
@@ -60,7 +60,7 @@ def weighting(
         `equal_weights`, `masked_softmax`, `where_present` (in `_base`) and `reciprocal` (in `_solvers`) help with that.
       init: `init(dtype, params)` returns the method's first state; `dtype` is the weights'.
       needs_gramian: whether the rule looks at more than the diagonal.
-      needs_norms: whether it looks at that, or at more. If not, deferred gradients are summed without it, and only if
+      needs_norms: whether it looks at that, or at more. If not, the gradients are read once, to be summed, and only if
         the sum is not finite are the norms asked which tasks were to blame.
       needs_gradients: whether the rule looks at `task_grads`, so that a `Gramian` will not do.
       needs_losses: whether `losses` must be given.
@@ -128,7 +128,7 @@ def weighting(
 
         if needs_gramian and needs_norms:
             return balance(_gramian.task_gramian(updates, metric))
-        if needs_norms or not _deferred.is_deferred(updates):
+        if needs_norms or isinstance(updates, _gramian.Gramian):
             return balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))
         combined = balance(jnp.eye(num_tasks, dtype=_base.accumulator_dtype(updates)))
         finite = jnp.isfinite(optax.tree.norm(combined[0], squared=True))

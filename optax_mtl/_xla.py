@@ -11,8 +11,9 @@ _FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 
 def set_flag() -> None:
     """Has the release that is wrong do right; for programs of our own, before their first computation."""
-    if jaxlib.version.__version__ == "0.10.2":
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jaxlib.version.__version__ == "0.10.2" and _FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}".strip()
 
 
 def batching_is_wrong() -> bool:

@@ -221,6 +221,7 @@ def _parser(prog: str) -> _Parser:
         help="a Python with torch and torchjd (default: this one)",
     )
     add("--out", type=pathlib.Path, metavar="DIR", help="where speed.md and speed.json go (default: nowhere)")
+    add("--resume", action="store_true", help="go on with the run whose report is in --out")
     return parser
 
 
@@ -254,6 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _leaves.run(**options)
         return
     if command == "speed":
+        if options["resume"] and options["out"] is None:
+            parser.error("--resume goes on with the run whose report is in a directory: name it, --out DIR")
         _speed.run(**options, command=as_typed)
         return
     if options["methods"]:

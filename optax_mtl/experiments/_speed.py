@@ -540,6 +540,7 @@ def run(
     sections: Sequence[str] | None,
     peers_python: str,
     out: pathlib.Path | None,
+    resume: bool,
     command: str,
     **choice: Any,
 ) -> None:
@@ -549,65 +550,114 @@ def run(
       full: whether to measure all there is.
       sections: "steps" and names of `SECTIONS`; None for all if `full`, else for the steps.
       peers_python: an interpreter that may have TorchJD.
-      out: directory for `speed.md` and `speed.json`; None for neither.
+      out: directory for `speed.md` and `speed.json`, which are written after each case and section; None for neither.
+      resume: whether to keep what is in `speed.json`, and measure the rest.
       command: what was typed, for the report.
       **choice: as for `plan`.
+
+    Raises:
+      SystemExit: if what is in `out` was measured elsewhere, or with other versions.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is to have its part of the GPU
     _xla.set_flag()
     start = time.perf_counter()
     sections = sections or ([STEPS, *SECTIONS] if full else [STEPS])
-    notes: list[str] = []
-    machine = _timing.machine()
-    if machine["load"] > 0.5:
-        notes.append(
-            f"Other processes were at work (load average {machine['load']}). That lengthens all times, torch's most, "
-            "whose threads wait for each other. Begin anew when they are done, or set OMP_WAIT_POLICY=PASSIVE, which "
-            "costs torch a little always and spares it the worst."
+    cases = plan(full, **choice) if STEPS in sections else []
+    report = _Report(out, command, _timing.machine())
+    if report.machine["load"] > 0.5:
+        report.notes.append(
+            f"Other processes were at work (load average {report.machine['load']}). That lengthens all times, torch's "
+            "most, whose threads wait for each other. Begin anew when they are done, or set OMP_WAIT_POLICY=PASSIVE, "
+            "which costs torch a little always and spares it the worst."
         )
     peers = None
     try:
         peers = Peers(peers_python)
-        machine |= peers.versions
+        report.machine |= peers.versions
     except _speed_peers.PeersError as error:
-        notes.append(f"Without TorchJD ({error}). Write: pip install 'optax-mtl[peers]'")
+        report.notes.append(f"Without TorchJD ({error}). Write: pip install 'optax-mtl[peers]'")
     try:
-        results, found = _measure_sections(sections, full, peers, notes, choice)
+        if resume:
+            report.resume()
+        _measure_sections(sections, cases, full, peers, report)
     finally:
         if peers is not None:
             peers.close()
 
-    introduction = f"Measured on {', '.join(f'{name} {value}' for name, value in machine.items())}."
-    bullets = [*findings(results.get(STEPS, [])), *notes]
-    for titled in found:
+    for titled in report.titled():
         print(f"{titled.title}\n\n{titled.table.text()}\n\n{_report.wrapped(titled.legend)}\n")
-    print(f"{_report.wrapped(introduction)}\n\n{_report.bullets(bullets, 100)}\n")
+    print(f"{_report.wrapped(report.introduction())}\n\n{_report.bullets(report.bullets(), 100)}\n")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        parts = ["# Speed", introduction, f"    {command}", _report.bullets(bullets)]
-        parts += [f"## {titled.title}\n\n{titled.table.markdown()}\n\n{titled.legend}" for titled in found]
-        (out / "speed.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        content = {"command": command, "machine": machine, "notes": notes, **results}
-        (out / "speed.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print(f"{time.perf_counter() - start:.0f} s. Tables and all numbers: {out / 'speed.md'}")
 
 
+class _Report:
+    """What has been measured so far, kept in files if there is a directory for them."""
+
+    def __init__(self, out: pathlib.Path | None, command: str, machine: dict[str, Any]) -> None:
+        self._out, self._command, self.machine = out, command, machine
+        self.notes: list[str] = []
+        self.results: dict[str, list[_Row]] = {}
+
+    def resume(self) -> None:
+        """Takes over what an earlier run has left."""
+        path = None if self._out is None else self._out / "speed.json"
+        if path is None or not path.exists():
+            return
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        for name in self.machine.keys() | earlier["machine"].keys():
+            then, now = earlier["machine"].get(name), self.machine.get(name)
+            if then != now and name != "load":
+                raise SystemExit(
+                    f"{path} was measured with {name} {then}, and now it is {now}: times of both do not go into one "
+                    "table. Write another --out, or leave --resume out to begin anew."
+                )
+        self.notes = list(dict.fromkeys([*earlier["notes"], *self.notes]))
+        self.results = {name: earlier[name] for name in (STEPS, *SECTIONS) if name in earlier}
+
+    def titled(self) -> list[Titled]:
+        """The tables."""
+        found = tables(self.results[STEPS]) if STEPS in self.results else []
+        for name, (title, _, columns) in SECTIONS.items():
+            if name in self.results:
+                found.append(Titled(title, _listed(self.results[name], columns), "Medians of runs in turn."))
+        return found
+
+    def introduction(self) -> str:
+        """What the numbers depend on."""
+        return f"Measured on {', '.join(f'{name} {value}' for name, value in self.machine.items())}."
+
+    def bullets(self) -> list[str]:
+        """Ratios, and what went wrong."""
+        return [*findings(self.results.get(STEPS, [])), *self.notes]
+
+    def save(self) -> None:
+        """Writes the files anew."""
+        if self._out is None:
+            return
+        self._out.mkdir(parents=True, exist_ok=True)
+        parts = ["# Speed", self.introduction(), f"    {self._command}", _report.bullets(self.bullets())]
+        parts += [f"## {titled.title}\n\n{titled.table.markdown()}\n\n{titled.legend}" for titled in self.titled()]
+        content = {"command": self._command, "machine": self.machine, "notes": self.notes, **self.results}
+        for name, text in (("speed.md", "\n\n".join(parts)), ("speed.json", json.dumps(content, indent=1))):
+            (self._out / f"{name}.new").write_text(text + "\n", encoding="utf-8")
+            (self._out / f"{name}.new").replace(self._out / name)  # whoever stops the run finds the last one whole
+
+
 def _measure_sections(
-    sections: Sequence[str], full: bool, peers: Peers | None, notes: list[str], choice: dict[str, Any]
-) -> tuple[dict[str, list[_Row]], list[Titled]]:
-    """The rows of each section, and the tables."""
-    results: dict[str, list[_Row]] = {}
-    found: list[Titled] = []
+    sections: Sequence[str], cases: Sequence[Case], full: bool, peers: Peers | None, report: _Report
+) -> None:
+    """Adds to the report what is not in it yet."""
     with tqdm.tqdm(bar_format="{desc} {elapsed}", disable=None, leave=False) as bar:
+        if STEPS in sections:
+            rows = report.results.setdefault(STEPS, [])
+            done = {(row["workload"], row["heads"], row["tasks"]) for row in rows}
+            for i, case in enumerate(cases):
+                if (case.workload, case.heads, case.num_tasks) not in done:
+                    bar.set_description_str(f"{case} ({i + 1} of {len(cases)})")
+                    rows += measure(case, peers, _FULL_SECONDS if full else _QUICK_SECONDS, report.notes)
+                    report.save()
         for name in sections:
-            if name == STEPS:
-                results[name] = []
-                for case in plan(full, **choice):
-                    bar.set_description_str(str(case))
-                    results[name] += measure(case, peers, _FULL_SECONDS if full else _QUICK_SECONDS, notes)
-                found += tables(results[name])
-            else:
-                title, measure_section, columns = SECTIONS[name]
-                results[name] = measure_section(full, bar.set_description_str, peers, notes)
-                found.append(Titled(title, _listed(results[name], columns), "Medians of runs in turn."))
-    return results, found
+            if name != STEPS and name not in report.results:
+                report.results[name] = SECTIONS[name].measure(full, bar.set_description_str, peers, report.notes)
+                report.save()

@@ -81,7 +81,7 @@ def conv(
 def transformer(
     num_tasks: int, heavy: bool = False, *, layers: int = 4, width: int = 128, length: int = 32, batch: int = 16
 ) -> Workload:
-    """A small transformer, its layers scanned over stacked parameters; a prediction for every token."""
+    """A small transformer, a prediction for every token; its layers are stacked, and the scan over them is unrolled."""
     rng = np.random.default_rng(0)
 
     def layer() -> _Params:
@@ -103,7 +103,7 @@ def transformer(
         return x, None
 
     def trunk(params: _Params, batch: _Batch) -> jax.Array:
-        x, _ = lax.scan(block, _dense(params["embed"], batch["x"]), params["layers"])
+        x, _ = lax.scan(block, _dense(params["embed"], batch["x"]), params["layers"], unroll=True)
         return _norm(params["norm"], x)
 
     shape = (batch, length, width)

@@ -98,6 +98,32 @@ def test_speed_leaves_tables_and_numbers(capsys, monkeypatch, tmp_path):
     assert {row["traces"] for row in rows.values() if "traces" in row} == {1}
 
 
+@pytest.mark.usefixtures("small", "fake_peers")
+def test_a_run_that_was_stopped_goes_on(capsys, monkeypatch, tmp_path):
+    first, second = ("mlp", "light", 2, ["mean_tasks"]), ("mlp", "heavy", 2, ["mean_tasks"])
+    plan_of(monkeypatch, first, ("no such network", "light", 2, ["mean_tasks"]))
+    command = ["speed", "--out", str(tmp_path), "--resume"]
+    with pytest.raises(KeyError, match="no such network"):
+        command_line.main(command)
+    before = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))["steps"]
+    assert {row["heads"] for row in before} == {"light"}
+
+    plan_of(monkeypatch, first, second)
+    command_line.main(command)
+    after = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
+    assert after["steps"][: len(before)] == before  # the very times
+    assert {row["heads"] for row in after["steps"]} == {"light", "heavy"}
+    assert capsys.readouterr().out.count("mlp, light heads") >= 2  # in the tables, too
+
+    after["machine"]["jax"] = "0.0.0"
+    (tmp_path / "speed.json").write_text(json.dumps(after), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"measured with jax 0\.0\.0"):
+        command_line.main(command)
+    with pytest.raises(SystemExit):
+        command_line.main(["speed", "--resume"])
+    assert "--out DIR" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("small")
 def test_speed_goes_without_peers_that_are_not_installed(capsys, monkeypatch, tmp_path):
     plan_of(monkeypatch, ("conv", "light", 2, ["mgda"]))
