@@ -537,6 +537,64 @@ def test_without_any_task_the_update_is_zero_and_the_state_recovers(case):
     np.testing.assert_array_equal(masked[1], 0)
 
 
+GRADIENT_FAULTS = (np.nan, np.inf, -np.inf, 1e30)  # the square of the last overflows
+LOSS_FAULTS = (np.nan, np.inf, -np.inf, 0.0, -1.0, 1e30)
+
+
+def schedule_of_faults(steps, seed):
+    """Gradients, losses and masks of which any may fail at any step, for one to five; all do in the middle."""
+    rng = np.random.default_rng(seed)
+    matrices = np.stack([problems.gradients(seed=k) for k in range(steps)])
+    losses = np.stack([problems.losses(T, k) for k in range(steps)])
+    masks = np.ones((steps, T), bool)
+    for k in range(steps):
+        for i in np.flatnonzero(rng.random(T) < 0.15) if k != steps // 2 else range(T):
+            until = k + rng.integers(1, 6)
+            match rng.integers(3):
+                case 0:
+                    matrices[k:until, i, rng.integers(problems.SIZE)] = rng.choice(GRADIENT_FAULTS)
+                case 1:
+                    losses[k:until, i] = rng.choice(LOSS_FAULTS[: 3 if k == steps // 2 else None])
+                case 2:
+                    masks[k:until, i] = False
+    return matrices, losses, masks
+
+
+@every_case()
+def test_whatever_fails_whenever_for_however_long(case):
+    """What is not finite leaves no trace that a masked task would not, bit for bit; all else is survived."""
+    steps, healthy = 24, 4
+    matrices, losses, masks = schedule_of_faults(steps, seed=0)
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(np.square(np.float32(matrices))).all(2) & np.isfinite(losses)
+    present = masks & finite
+    assert not present.any(1).all()
+    assert present.any()
+    updates, state = run(case, matrices, losses, masks)
+    assert np.isfinite(updates).all()
+    np.testing.assert_array_equal(updates[~present.any(1)], 0)
+    # (Some multiply gradients with losses. What a loss of 1e30 makes of them may overflow.)
+    surplus = optax.tree.get(state, "nonfinite_count") - (masks & ~finite).sum(0)
+    assert np.all((surplus >= 0) & (surplus <= (present & (losses == 1e30)).sum(0)))
+
+    tame = np.where(present[..., None], matrices, 1)
+    expected, masked_state = run(case, tame, np.where(present, losses, 1), present)
+    np.testing.assert_array_equal(updates, expected)
+    states = (jax.tree_util.tree_leaves_with_path(numbers_of(each)) for each in (state, masked_state))
+    for (path, leaf), (_, other) in zip(*states, strict=True):
+        if not jax.tree_util.keystr(path).endswith(".nonfinite_count"):
+            np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
+
+    after = np.stack([problems.gradients(seed=50 + k) for k in range(healthy)])
+    updates, state = run(case, after, state=state)
+    assert np.isfinite(updates).all()
+    assert np.any(updates != 0, axis=1).all()
+    assert optax.tree.get(state, "task_present").all()
+    chex.assert_tree_all_finite([leaf for leaf in jax.tree.leaves(state) if _is_float(leaf)])
+    if {"simplex", "sum"} & case.keeps:
+        np.testing.assert_allclose(weights_of(state).sum(), T if "sum" in case.keeps else 1, rtol=1e-5)
+
+
 @every_case()
 def test_a_task_that_is_added_changes_nothing_for_the_others(case):
     """It comes between the two there are. While it is masked, they go on as without it; then all go on together."""
@@ -567,7 +625,7 @@ def test_a_task_that_is_added_changes_nothing_for_the_others(case):
 
 
 def numbers_of(state):
-    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    is_key = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
     return jax.tree.map(lambda leaf: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf), state)
 
 
