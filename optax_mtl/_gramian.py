@@ -363,8 +363,8 @@ def combine_leaf(weights: jax.Array, leaf: jax.Array) -> jax.Array:
 
 def narrowed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`x` in another dtype: what is too large for float16 becomes its largest number, and not infinity."""
-    info = jnp.finfo(dtype)
-    return (jnp.clip(x, info.min, info.max) if info.maxexp < jnp.finfo(x.dtype).maxexp else x).astype(dtype)
+    largest = float(jnp.finfo(dtype).max)
+    return (jnp.clip(x, -largest, largest) if jnp.finfo(dtype).maxexp < jnp.finfo(x.dtype).maxexp else x).astype(dtype)
 
 
 def combine_rows(weights: jax.Array, row: Callable[[int], jax.Array]) -> jax.Array:
