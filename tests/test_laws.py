@@ -323,7 +323,8 @@ def test_a_negative_loss_is_refused_where_known_and_harmless_inside_jit(case):
         tx.update(task_grads, tx.init(params), params, **masked)
         known_in_jit = jax.jit(lambda g: tx.update(g, tx.init(params), params, losses=jnp.ones(T))[0])
         chex.assert_tree_all_finite(known_in_jit(task_grads))
-    updates, _ = run(case, [problems.gradients(seed=k) for k in range(4)], losses=[[1.0, -0.5, 0.0]] * 4)
+    losses = [[1.0, -0.5, 0.0]] * 4 + [[-1.0, -0.5, 0.0]]
+    updates, _ = run(case, [problems.gradients(seed=k) for k in range(5)], losses=losses)
     assert np.isfinite(updates).all()
 
 
