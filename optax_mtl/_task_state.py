@@ -57,7 +57,7 @@ def add_to_epoch(state: EpochMeans, losses: jax.Array, present: jax.Array, steps
     )
 
 
-_LEAST_LOG_SHARE = -110.0  # its exponential is zero in float32; from further below, there would be no way back
+_LEAST_LOG_SHARE = -1e4  # zero in any dtype, and yet a number
 
 
 def init_log_shares(num_tasks: int, dtype: jnp.dtype) -> jax.Array:
