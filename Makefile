@@ -5,7 +5,7 @@ BIN := .venv/bin
 LOW := .venv-lowest/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test parity lint types build lowest clean
+.PHONY: help venv demo test fuzz parity lint types build lowest clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: venv  ## train a network on real data with many methods; a table, pictures
 
 test: venv  ## run the tests, the docstrings' examples and the notebooks
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+fuzz: venv  ## try every method on random gradients, masks and faults; ARGS="-k mgda --hypothesis-seed=1"
+	@$(BIN)/python -m pytest -m fuzz tests/test_fuzz.py --hypothesis-profile=fuzz $(ARGS)
 
 parity: venv  ## compare with other libraries' recorded answers; ARGS=--write writes docs/parity.md
 	@PYTHONPATH=tests $(BIN)/python -m parity.report $(ARGS)

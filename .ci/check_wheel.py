@@ -33,6 +33,15 @@ def expect(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
         sys.exit(f"{what}: missing {missing or 'nothing'}, not wanted {extra or 'nothing'}")
 
 
+def sources(*folders: str) -> set[str]:
+    """The files that git knows, so that what lies about in the tree is in no archive; all files, if it is no clone."""
+    listed = subprocess.run(["git", "ls-files", "-z", *folders], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        return set(listed.stdout.split("\0")) - {""}
+    files = {p.relative_to(ROOT).as_posix() for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()}
+    return {name for name in files if not re.search(r"__pycache__|\.py[cod]$|_cache/", name)}
+
+
 def check_metadata(metadata: Message) -> None:
     """Run-time dependencies and extras are the ones meant, and no others."""
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
@@ -49,12 +58,11 @@ def check_wheel(wheel: Path) -> None:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
         check_metadata(Parser().parsestr(archive.read(f"{info}/METADATA").decode()))
-    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "optax_mtl").rglob("*.py")}
-    expect(
-        wheel.name,
-        names,
-        modules | {"optax_mtl/py.typed"} | {f"{info}/{name}" for name in DIST_INFO},
-    )
+    expect(wheel.name, names, sources("optax_mtl") | {f"{info}/{name}" for name in DIST_INFO})
+    if strange := [
+        name for name in names if name.startswith("optax_mtl/") and not re.search(r"\.py$|/py\.typed$", name)
+    ]:
+        sys.exit(f"{wheel.name}: not wanted {strange}")
 
     # From another folder and straight from the archive, so that the source tree cannot help.
     version = wheel.name.split("-")[1]
@@ -75,10 +83,7 @@ def check_sdist(sdist: Path) -> None:
     """The sdist holds the package, its tests, docs and notebooks, and the files that explain them."""
     with tarfile.open(sdist) as archive:
         names = [m.name.split("/", 1)[1] for m in archive.getmembers() if m.isfile()]
-    expect(f"folders of {sdist.name}", {n.split("/")[0] for n in names if "/" in n}, SDIST_FOLDERS)
-    expect(f"files of {sdist.name}", {n for n in names if "/" not in n}, SDIST_FILES)
-    if stray := [name for name in names if re.search(r"__pycache__|\.py[cod]$|_cache/", name)]:
-        sys.exit(f"{sdist.name}: not wanted {stray}")
+    expect(sdist.name, names, sources(*SDIST_FOLDERS) | SDIST_FILES)
 
 
 if __name__ == "__main__":

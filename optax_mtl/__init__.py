@@ -3,6 +3,7 @@
 from optax_mtl._base import BalanceState
 from optax_mtl._blocks import block_gramians, block_names
 from optax_mtl._blockwise import blockwise, BlockwiseState
+from optax_mtl._change_tasks import change_tasks
 from optax_mtl._checked import checked
 from optax_mtl._combinators import mean_tasks, per_task, shared_and_heads, sum_tasks
 from optax_mtl._diagnostics import task_cosines, task_norms
@@ -101,6 +102,7 @@ __all__ = [
     "cdtt",
     "cdtt_tension",
     "cdtt_weights",
+    "change_tasks",
     "checked",
     "combine",
     "con_fig",

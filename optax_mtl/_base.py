@@ -30,7 +30,7 @@ class BalanceState(NamedTuple):
         that mix elementwise, each task's share of the update. Zero for absent tasks, and before the first step.
       task_present: `(T,)` bool, the tasks that took part in the last step.
       nonfinite_count: `(T,)` int32, how often a task was set aside because its gradient or loss was not finite. A
-        gradient counts as such from a norm of about 1e19 on, whose square overflows in float32.
+        gradient counts as such from a norm of about 1e19 on, whose square overflows in float32, and so does a loss.
       method: what the method itself remembers; `()` if it is stateless. For methods that mix elementwise it has
         `block_weights` `(L, T)`, each task's share of the update of each leaf.
     """
@@ -372,7 +372,7 @@ def present_tasks(
     Args:
       squared_norms: `(T,)` squared gradient norms; not finite where any entry of that task's gradient is not, or
         where the square overflows (norms above 1e19 in float32).
-      losses: `(T,)`, or None.
+      losses: `(T,)`, or None; not finite too where the square overflows, which means of a run would keep for long.
       task_mask: `(T,)` of bool, False for tasks without labels in this batch; None for all True.
       task_finite: `(T,)` of bool, False for tasks already known not to be finite; None for all True.
 
@@ -382,7 +382,7 @@ def present_tasks(
     check_task_mask(task_mask, squared_norms.shape[0])
     finite = jnp.isfinite(squared_norms)
     if losses is not None:
-        finite &= jnp.isfinite(losses)
+        finite &= jnp.isfinite(jnp.square(jnp.asarray(losses).astype(accumulator_dtype(losses))))
     if task_finite is not None:
         finite &= task_finite
     if task_mask is None:

@@ -358,7 +358,13 @@ def combine_leaf(weights: jax.Array, leaf: jax.Array) -> jax.Array:
 
     if first < num_tasks:
         total, _ = lax.fori_loop(0, (num_tasks - first) // rows, add, (total, leaf))
-    return total.astype(leaf.dtype)
+    return narrowed(total, leaf.dtype)
+
+
+def narrowed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` in another dtype: what is too large for float16 becomes its largest number, and not infinity."""
+    largest = float(jnp.finfo(dtype).max)
+    return (jnp.clip(x, -largest, largest) if jnp.finfo(dtype).maxexp < jnp.finfo(x.dtype).maxexp else x).astype(dtype)
 
 
 def combine_rows(weights: jax.Array, row: Callable[[int], jax.Array]) -> jax.Array:

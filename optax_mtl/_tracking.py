@@ -90,7 +90,7 @@ def tracking(
         balanced, balance_state = balance.update(
             mean, state.balance, params, losses=losses, task_mask=task_mask, task_finite=bounded, **extra_args
         )
-        update = jax.tree.map(lambda u, grads: u.astype(grads.dtype), balanced, updates)
+        update = jax.tree.map(lambda u, grads: _gramian.narrowed(u, grads.dtype), balanced, updates)
         return update, TrackingState(steps, mean, balance_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

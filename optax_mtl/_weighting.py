@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any
 
 import jax
@@ -120,7 +121,7 @@ def weighting(
                     metric=metric,
                     **extra_args,
                 )
-            weights = jnp.where(present, weights, 0)
+            weights = _within_range(jnp.where(present, weights, 0), gramian)
             return (
                 _gramian.combine(weights, updates),
                 _base.next_balance_state(state, weights, present, nonfinite, method_state),
@@ -137,6 +138,13 @@ def weighting(
         )
 
     return as_weighting(init_fn, update_fn, needs_gradients=needs_gradients)
+
+
+def _within_range(weights: jax.Array, gramian: jax.Array) -> jax.Array:
+    """`weights`, scaled down where the update would be so long that its square overflows (a loss of 1e-30, say)."""
+    longest = 0.5 * math.sqrt(jnp.finfo(gramian.dtype).max)
+    lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0)) / longest
+    return weights / jnp.maximum(jnp.sum(jnp.abs(weights) * lengths), 1).astype(weights.dtype)
 
 
 def _at_present_precision(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import pytest
 
 # The first example of a test compiles a program, so there is no deadline; seeds are fixed, as CI must not waver.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=25, print_blob=True)  # others at every run
 hypothesis.settings.load_profile("default")
 
 
@@ -22,7 +23,14 @@ if jax.__version_info__ < (0, 11):
 
 # These compile much and compute little, about maths that does not depend on it: XLA need not optimise. (All others, of
 # the solvers, of each method by itself and of what is counted, run what users run.)
-_COMPILE_FAST = ("test_laws.py", "test_blockwise.py", "experiments", "parity")
+_COMPILE_FAST = (
+    "test_laws.py",
+    "test_fuzz.py",
+    "test_change_tasks.py",
+    "test_blockwise.py",
+    "experiments",
+    "parity",
+)
 _NEVER_OPTIMISE = jax.config.values["jax_disable_most_optimizations"]
 
 # Each compiled program takes memory maps, of which Linux grants a process 65,530: thousands of tests are too many.

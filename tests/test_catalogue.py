@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "_light": {"_base", "_kept", "_pullbacks", "_taps", "_xla"},
     "_features": {"_base", "_gramian", "_pullbacks", "_split"},
     "_sketch": {"_base", "_gramian", "_pullbacks"},
+    "_change_tasks": set(),
     "_checked": {"_base"},
     "_weighting": {"_base", "_deferred", "_gramian"},
     "_task_state": {"_base"},

@@ -394,6 +394,48 @@ def test_a_bad_head_is_set_aside(oracle, method, bad):
     assert optax.tree.get(state, "nonfinite_count").tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("oracle", "method"),
+    [
+        (mtl.value_and_task_grads, lambda n: mtl.imtl_l(n, optimizer=optax.sgd(0.1))),
+        (LIGHT, mtl.upgrad),
+        (KEPT, lambda n: mtl.update_every(n, mtl.mgda(n), every=2)),
+        (mtl.value_and_feature_grads, mtl.sum_tasks),
+    ],
+    ids=["exact", "light", "kept", "features"],
+)
+def test_training_goes_on_through_faults(oracle, method):
+    """Labels of any task fail at any step of twenty: it ends where a run ends in which those tasks were masked."""
+    steps = 20
+    _, params, batch = split_problem()
+    head_of = lambda i: lambda p, z, batch: jnp.mean((z["z"] @ p - batch["y"] * batch["factors"][i]) ** 2)
+    loss_fn = mtl.split(trunk, [head_of(i) for i in range(T)])
+    params = {"trunk": params["trunk"], "heads": [params["heads"]["a"]] * T}
+    tx = optax.chain(mtl.shared_and_heads(method(T), loss_fn.shared), optax.adam(0.05))
+
+    @jax.jit
+    def train(params, factors, masks):
+        def step(carry, of_step):
+            params, state = carry
+            losses, grads = oracle(loss_fn)(params, batch | {"factors": of_step[0]})
+            updates, state = tx.update(grads, state, params, losses=losses, task_mask=of_step[1])
+            return (optax.apply_updates(params, updates), state), updates
+
+        (params, state), updates = lax.scan(step, (params, tx.init(params)), (factors, masks))
+        return params, state, updates
+
+    rng = np.random.default_rng(0)
+    factors = np.where(rng.random((steps, T)) < 0.7, 1, rng.choice([np.nan, np.inf, 1e25], (steps, T)))
+    factors[steps // 2] = np.nan
+    healthy = factors == 1
+    with problems.relaxed_promotion():
+        actual, state, updates = train(params, jnp.asarray(factors, jnp.float32), jnp.ones((steps, T), bool))
+        expected, _, _ = train(params, jnp.ones((steps, T)), jnp.asarray(healthy))
+    chex.assert_tree_all_finite((actual, updates))
+    assert_close(actual, expected)
+    np.testing.assert_array_equal(optax.tree.get(state, "nonfinite_count"), (~healthy).sum(0))
+
+
 def test_feature_level():
     """The Gramian of the losses' gradients at the features; the trunk's and the heads' gradients are exact."""
     loss_fn, params, batch = split_problem()

@@ -37,6 +37,30 @@ def test_cross_gramian_is_that_of_the_flattened_gradients(size):
     np.testing.assert_allclose(cross, first @ second.T + 4, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("oracle", ["gradients", "deferred"])
+def test_what_overflows_stays_within_range(oracle):
+    """An update that would be too long keeps its direction, and a length that the optimiser behind can square."""
+    tx = mtl.scale_invariant(2)  # weights 1 / L
+    rows = jnp.array([[3.0, 4.0], [0.3, 0.4]])
+
+    @jax.jit
+    def step(w, offsets):
+        loss_fn = lambda w: 1e10 * rows @ w + offsets
+        compute = mtl.value_and_task_grads if oracle == "gradients" else mtl.value_and_light_grads
+        losses, grads = compute(loss_fn)(w)
+        return tx.update(grads, tx.init(w), w, losses=losses)
+
+    update, state = step(jnp.zeros(2), jnp.array([1e-30, 1.0]))
+    assert np.isfinite(np.square(update)).all()
+    np.testing.assert_allclose(update / jnp.linalg.norm(update), [0.6, 0.8], rtol=1e-5)
+    np.testing.assert_allclose(state.task_weights @ (1e10 * rows), update, rtol=1e-5)
+
+    half = jnp.array([[60_000.0, 1.0], [60_000.0, 1.0]], jnp.float16)
+    update, _ = mtl.sum_tasks(2).update(half, mtl.sum_tasks(2).init(jnp.zeros(2, jnp.float16)))
+    assert update.dtype == jnp.float16
+    assert update.tolist() == [65504.0, 2.0]
+
+
 def test_half_precision_is_accumulated_in_float32():
     """Ten thousand ones: bfloat16 would stop counting at 256."""
     task_grads = jnp.ones((2, 10_000), jnp.bfloat16)

@@ -65,7 +65,7 @@ def _program(case, num_tasks, dtype):
     return tx, step
 
 
-def run(case, matrices, losses=None, masks=None, dtype=jnp.float32):
+def run(case, matrices, losses=None, masks=None, dtype=jnp.float32, state=None):
     """Runs the method over a sequence of gradient matrices; returns the updates `(steps, SIZE)` and the last state."""
     matrices = np.asarray(matrices)
     num_tasks = matrices.shape[1]
@@ -73,7 +73,7 @@ def run(case, matrices, losses=None, masks=None, dtype=jnp.float32):
     params = problems.params(dtype)
     updates = []
     with context(case):
-        state = tx.init(params)
+        state = tx.init(params) if state is None else state
         for k, matrix in enumerate(matrices):
             loss = problems.losses(num_tasks, k) if losses is None else losses[k]
             mask = np.ones(num_tasks, bool) if masks is None else masks[k]
@@ -323,7 +323,8 @@ def test_a_negative_loss_is_refused_where_known_and_harmless_inside_jit(case):
         tx.update(task_grads, tx.init(params), params, **masked)
         known_in_jit = jax.jit(lambda g: tx.update(g, tx.init(params), params, losses=jnp.ones(T))[0])
         chex.assert_tree_all_finite(known_in_jit(task_grads))
-    updates, _ = run(case, [problems.gradients(seed=k) for k in range(4)], losses=[[1.0, -0.5, 0.0]] * 4)
+    losses = [[1.0, -0.5, 0.0]] * 4 + [[-1.0, -0.5, 0.0]]
+    updates, _ = run(case, [problems.gradients(seed=k) for k in range(5)], losses=losses)
     assert np.isfinite(updates).all()
 
 
@@ -433,29 +434,30 @@ def test_a_masked_task_equals_the_method_run_without_it(case):
     kept = [0, 2]
     mask = np.isin(np.arange(T), kept)
     masked, state = run(case, matrices, losses, [mask] * 4)
-    without = _run_without(case, matrices[:, kept], losses[:, kept], kept)
+    without, _ = _run_without(case, matrices[:, kept], losses[:, kept])
     np.testing.assert_allclose(masked, without, rtol=1e-3, atol=1e-4 * np.abs(without).max())
     assert weights_of(state)[1] == 0
     assert not np.any(optax.tree.get(state, "nonfinite_count"))
 
 
-def _run_without(case, matrices, losses, kept):
-    """As `run`, for fewer tasks that are looked at by the same `value_fn`."""
-    num_tasks = matrices.shape[1]
-    tx = case.make(num_tasks)
+@functools.cache
+def _program_without(case):
+    """The transformation for all tasks but the one in the middle, and its jitted step, with the `value_fn` of these."""
+    tx = case.make(T - 1)
+    return tx, jax.jit(functools.partial(tx.update, value_fn=lambda tree: problems.value_fn(T)(tree)[::2]))
 
-    def value_fn(params):
-        return problems.value_fn(T)(params)[np.array(kept)]
 
-    step = jax.jit(functools.partial(tx.update, value_fn=value_fn))
+def _run_without(case, matrices, losses, state=None):
+    """As `run`, without the task in the middle."""
+    tx, step = _program_without(case)
     with context(case):
         params = problems.params()
-        state, updates = tx.init(params), []
+        state, updates = tx.init(params) if state is None else state, []
         for matrix, loss in zip(matrices, losses, strict=True):
             loss = jnp.asarray(loss, jnp.float32)
             update, state = step(problems.tree_of(matrix), state, params, losses=loss, **problems.extra_args(loss))
             updates.append(problems.vector_of(update))
-    return np.stack(updates)
+    return np.stack(updates), state
 
 
 @every_case()
@@ -534,6 +536,97 @@ def test_without_any_task_the_update_is_zero_and_the_state_recovers(case):
     np.testing.assert_array_equal(optax.tree.get(state, "nonfinite_count"), 1)
     masked, _ = run(case, matrices, masks=[EVERYONE, ~EVERYONE, EVERYONE])
     np.testing.assert_array_equal(masked[1], 0)
+
+
+# A gradient or a loss of which the square overflows counts as not finite.
+GRADIENT_FAULTS = (np.nan, np.inf, -np.inf, 1e30)
+LOSS_FAULTS = (np.nan, np.inf, -np.inf, 1e30, -1e30, 0.0, -1.0, 1e-30, 1e15)
+
+
+def schedule_of_faults(steps, seed):
+    """Gradients, losses and masks of which any may fail at any step, for one to five; all do in the middle."""
+    rng = np.random.default_rng(seed)
+    matrices = np.stack([problems.gradients(seed=k) for k in range(steps)])
+    losses = np.stack([problems.losses(T, k) for k in range(steps)])
+    masks = np.ones((steps, T), bool)
+    for k in range(steps):
+        for i in np.flatnonzero(rng.random(T) < 0.15) if k != steps // 2 else range(T):
+            until = k + rng.integers(1, 6)
+            match rng.integers(3):
+                case 0:
+                    matrices[k:until, i, rng.integers(problems.SIZE)] = rng.choice(GRADIENT_FAULTS)
+                case 1:
+                    losses[k:until, i] = rng.choice(LOSS_FAULTS[: 5 if k == steps // 2 else None])
+                case 2:
+                    masks[k:until, i] = False
+    return matrices, losses, masks
+
+
+@every_case()
+def test_whatever_fails_whenever_for_however_long(case):
+    """What is not finite leaves no trace that a masked task would not, bit for bit; all else is survived."""
+    steps, healthy = 24, 4
+    matrices, losses, masks = schedule_of_faults(steps, seed=0)
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(np.square(np.float32(matrices))).all(2) & np.isfinite(np.square(np.float32(losses)))
+    present = masks & finite
+    assert not present.any(1).all()
+    assert present.any()
+    updates, state = run(case, matrices, losses, masks)
+    assert np.isfinite(updates).all()
+    np.testing.assert_array_equal(updates[~present.any(1)], 0)
+    np.testing.assert_array_equal(optax.tree.get(state, "nonfinite_count"), (masks & ~finite).sum(0))
+
+    tame = np.where(present[..., None], matrices, 1)
+    expected, masked_state = run(case, tame, np.where(present, losses, 1), present)
+    np.testing.assert_array_equal(updates, expected)
+    states = (jax.tree_util.tree_leaves_with_path(numbers_of(each)) for each in (state, masked_state))
+    for (path, leaf), (_, other) in zip(*states, strict=True):
+        if not jax.tree_util.keystr(path).endswith(".nonfinite_count"):
+            np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
+
+    after = np.stack([problems.gradients(seed=50 + k) for k in range(healthy)])
+    updates, state = run(case, after, state=state)
+    assert np.isfinite(updates).all()
+    assert np.any(updates != 0, axis=1).all()
+    assert optax.tree.get(state, "task_present").all()
+    chex.assert_tree_all_finite([leaf for leaf in jax.tree.leaves(state) if _is_float(leaf)])
+    if {"simplex", "sum"} & case.keeps:
+        np.testing.assert_allclose(weights_of(state).sum(), T if "sum" in case.keeps else 1, rtol=1e-5)
+
+
+@every_case()
+def test_a_task_that_is_added_changes_nothing_for_the_others(case):
+    """It comes between the two there are. While it is masked, they go on as without it; then all go on together."""
+    steps = 7
+    matrices = np.stack([problems.gradients(seed=k) for k in range(steps)])
+    losses = np.stack([problems.losses(T, k) for k in range(steps)])
+    params, (tx, _), (tx_without, _) = problems.params(), program(case), _program_without(case)
+    _, before = _run_without(case, matrices[:3, ::2], losses[:3, ::2])
+    with context(case):
+        grown = mtl.change_tasks(before, tx, params, tasks=(0, None, 1))
+        chex.assert_trees_all_equal_shapes_and_dtypes(grown, tx.init(params))
+        back = mtl.change_tasks(grown, tx_without, params, tasks=(0, 2))
+    jax.tree.map(np.testing.assert_array_equal, *[numbers_of(state) for state in (back, before)])
+    if "absent" not in case.lacks:
+        masked, _ = run(case, matrices[3:5], losses[3:5], [np.array([True, False, True])] * 2, state=grown)
+        expected, _ = _run_without(case, matrices[3:5, ::2], losses[3:5, ::2], before)
+        np.testing.assert_allclose(masked, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    updates, state = run(case, matrices[3:], losses[3:], state=grown)
+    assert np.isfinite(updates).all()
+    weights = weights_of(state)
+    assert optax.tree.get(state, "task_present").all()
+    if {"simplex", "sum"} & case.keeps:
+        np.testing.assert_allclose(weights.sum(), T if "sum" in case.keeps else 1, rtol=1e-5)
+    with context(case):
+        shrunk = mtl.change_tasks(state, tx_without, params, tasks=(0, 2))
+    updates, _ = _run_without(case, matrices[:2, ::2], losses[:2, ::2], shrunk)
+    assert np.isfinite(updates).all()
+
+
+def numbers_of(state):
+    is_key = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+    return jax.tree.map(lambda leaf: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf), state)
 
 
 # -- With Optax ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import optax_mtl as mtl
 import problems
 
 README = pathlib.Path(mtl.__file__).parent.parent / "README.md"
+RELIABILITY = README.parent / "docs" / "reliability.md"
 SPEED = README.parent / "docs" / "speed_and_memory.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
@@ -31,6 +32,14 @@ def test_the_blocks_about_microbatches_run():
         for block in re.findall(r"```python\n(.*?)```", SPEED.read_text(), flags=re.DOTALL):
             exec(compile(block, str(SPEED), "exec"), namespace)
     assert namespace["task_grads"]["in"].shape == (2, 5, 7)
+
+
+def test_the_blocks_about_reliability_run():
+    namespace = {}
+    with problems.relaxed_promotion():
+        for block in re.findall(r"```python\n(.*?)```", RELIABILITY.read_text(), flags=re.DOTALL):
+            exec(compile(block, str(RELIABILITY), "exec"), namespace)
+    assert optax.tree.get(namespace["opt_state"], "task_weights").shape == (3,)
 
 
 def test_make_has_the_commands_it_names():

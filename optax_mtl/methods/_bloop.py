@@ -111,7 +111,8 @@ def bloop(
         mixed = _gramian.combine(after.task_weights, _widened(updates))  # anew: the two parts may nearly cancel
 
         def take_out(update: jax.Array, mean: jax.Array, like: jax.Array) -> jax.Array:
-            return (update - after.method.removed.astype(update.dtype) * mean.astype(update.dtype)).astype(like.dtype)
+            without = update - after.method.removed.astype(update.dtype) * mean.astype(update.dtype)
+            return _gramian.narrowed(without, like.dtype)
 
         return jax.tree.map(take_out, mixed, state.method.mean, rounded), after
 

@@ -128,7 +128,7 @@ def stch(
         later = stch_weights(descent, mu=mu, preference=_base.preference_or(preference, ones, present), present=present)
         weights = jnp.where(jnp.all(has_mean | ~present), jnp.sum(ones) * later, ones) / losses
         new = add_to_epoch(state, losses, present, steps_per_epoch)
-        return weights, new._replace(means=_base.where_present(has_mean, state.means, new.means))
+        return jnp.where(present, weights, 0), new._replace(means=_base.where_present(has_mean, state.means, new.means))
 
     return weighting(
         "stch",
