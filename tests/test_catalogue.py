@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "_features": {"_base", "_gramian", "_pullbacks", "_split"},
     "_sketch": {"_base", "_gramian", "_pullbacks"},
     "_checked": {"_base"},
+    "_bundle": {"_base"},
+    "_multi_steps": {"_base", "_combinators", "_deferred", "_gramian"},
     "_weighting": {"_base", "_deferred", "_gramian"},
     "_task_state": {"_base"},
     "_blocks": {"_base", "_deferred", "_gramian"},
