@@ -233,6 +233,12 @@ def check_task_grads(
       single: whether a task axis of length 1 will do too (a leaf that only one task reaches).
       name: what the gradients are called, for messages.
     """
+    if isinstance(params, optax.LookaheadParams):
+        raise ValueError(
+            "A balancing method was given fast and slow parameters, and has gradients of the fast ones only: "
+            "optax.lookahead goes around the whole chain,\n"
+            "    tx = optax.lookahead(optax_mtl.unbundle(optax.chain(method, optimiser)), sync_period, slow_step_size)"
+        )
     if isinstance(updates, Bundle):
         raise ValueError(
             f"{name} come in a bundle with other arguments, and the optimiser does not take these apart: wrap the "

@@ -22,7 +22,14 @@ if jax.__version_info__ < (0, 11):
 
 # These compile much and compute little, about maths that does not depend on it: XLA need not optimise. (All others, of
 # the solvers, of each method by itself and of what is counted, run what users run.)
-_COMPILE_FAST = ("test_laws.py", "test_blockwise.py", "experiments", "parity")
+_COMPILE_FAST = (
+    "test_laws.py",
+    "test_blockwise.py",
+    "test_checkpoints.py",
+    "test_compositions.py",
+    "experiments",
+    "parity",
+)
 _NEVER_OPTIMISE = jax.config.values["jax_disable_most_optimizations"]
 
 # Each compiled program takes memory maps, of which Linux grants a process 65,530: thousands of tests are too many.
