@@ -112,6 +112,12 @@ def multi_steps(
                 "exist. Sum over the batches in the loss (docs/speed_and_memory.md, Microbatches), or accumulate the "
                 "method's updates: optax.chain(method, optax.MultiSteps(optimiser, k).gradient_transformation())."
             )
+        if num_tasks > 1 and params is not None and _has_single_heads(updates, params):
+            raise ValueError(
+                "multi_steps: the gradients of a split loss have heads with a task axis of 1, which do not tell whose "
+                "they are, so that it is not known in which batches they took part. Sum over the batches in the loss "
+                "or around the oracle (docs/speed_and_memory.md, Microbatches), or give the loss unsplit."
+            )
         _combinators.check_gradients(updates, num_tasks, params, losses, "multi_steps")
         present, nonfinite = _base.present_tasks(_gramian.task_squared_norms(updates), losses, task_mask, task_finite)
         counts = state.counts + present.astype(jnp.int32)
@@ -150,3 +156,10 @@ def multi_steps(
         return lax.cond(taken.mini_step >= batches, step, wait, taken)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _has_single_heads(updates: _base.TaskGrads, params: _base.Params) -> bool:
+    leaves, shapes = jax.tree.leaves(updates), [jnp.shape(param) for param in jax.tree.leaves(params)]
+    return len(leaves) == len(shapes) and any(
+        jnp.shape(leaf) == (1, *shape) for leaf, shape in zip(leaves, shapes, strict=True)
+    )

@@ -25,7 +25,7 @@ if jax.__version_info__ < (0, 11):
 _COMPILE_FAST = (
     "test_laws.py",
     "test_blockwise.py",
-    "test_checkpoints.py",
+    "test_training_loops.py",
     "test_compositions.py",
     "experiments",
     "parity",

@@ -222,6 +222,8 @@ def test_multi_steps_takes_a_schedule():
     assert made == [-2, 0, -2, 0, 0, -2]
     with pytest.raises(ValueError, match="every must be at least 1"):
         mtl.multi_steps(optax.sgd(1.0), 2, 0)
+    with pytest.raises(ValueError, match="heads with a task axis of 1"):
+        tx.update(jnp.ones((1, 1)), state, jnp.zeros(1))
 
 
 def test_a_bundle_needs_its_counterpart():

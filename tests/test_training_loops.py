@@ -1,6 +1,7 @@
 """The loops of docs/training_loops.md: each trains, to where the plain one leads from the same parameters."""
 
 import pathlib
+import pickle
 import re
 
 import chex
@@ -9,6 +10,7 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 import optax
+from orbax import checkpoint
 import pytest
 
 import optax_mtl as mtl
@@ -83,6 +85,23 @@ def test_a_loop_trains_as_the_plain_one_does(section, params_in, plain):
     assert (losses < 0.9 * first).all()
 
 
+def test_an_nnx_model_may_change_in_a_step(plain):
+    """As the page's does not: by batch statistics and random streams."""
+    layer = "self.hidden = nnx.Linear(3, 8, rngs=rngs)"
+    call = "jnp.tanh(self.hidden(x))"
+    text = block(SECTIONS["Flax NNX"])
+    assert layer in text
+    assert call in text
+    more = "self.norm = nnx.BatchNorm(8, rngs=rngs); self.drop = nnx.Dropout(0.1, rngs=rngs)"
+    text = text.replace(layer, f"{layer}; {more}")
+    namespace = dict(plain)
+    with problems.relaxed_promotion():
+        run(text.replace(call, "self.drop(jnp.tanh(self.norm(self.hidden(x))))"), namespace)
+    model = namespace["model"]
+    assert (np.asarray(model.norm.mean[...]) != 0).all()
+    assert int(model.drop.rngs.count[...]) == 20
+
+
 def test_tuples_train_as_dicts_do(plain):
     def loss_fn(params, batch):
         return plain["loss_fn"](haiku_like(*params), batch)
@@ -120,6 +139,42 @@ def test_the_checkpoints_of_the_page(plain):
     chex.assert_trees_all_equal(updates, jax.jit(typed.update)(task_grads, typed.init(params), params)[0])
     restored = flax.serialization.msgpack_restore(flax.serialization.to_bytes(state))
     np.testing.assert_array_equal(restored["method"]["key"], state.method.key)
+
+
+def test_the_wrappers_states_go_on_too(plain, tmp_path):
+    """All that goes around methods, in one optimiser, saved in the middle of an accumulation."""
+    balanced = mtl.balance_in_metric(mtl.blockwise(mtl.pcgrad(2, key=0)), optax.adam(1e-2))
+    parts = (
+        mtl.per_task(optax.add_noise(0.1, 0.5, key=1), 2),
+        mtl.shared_and_heads(balanced, shared=lambda path: "hidden" in path),
+    )
+    tx = mtl.multi_steps(mtl.monitor(optax.chain(*parts), 2, capacity=3), 2, every=2)
+
+    traces = []
+
+    @jax.jit
+    def step(params, opt_state):
+        traces.append(1)
+        losses, task_grads = mtl.value_and_task_grads(plain["loss_fn"])(params, plain["batch"])
+        updates, opt_state = tx.update(task_grads, opt_state, params, losses=losses)
+        return optax.apply_updates(params, updates), opt_state
+
+    def train(kept, steps):
+        for _ in range(steps):
+            kept = step(*kept)
+        return kept
+
+    with problems.relaxed_promotion():
+        half = train((plain["params"], tx.init(plain["params"])), 3)
+        expected = train(half, 3)
+        with checkpoint.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "kept", half)
+            checkpointer.wait_until_finished()
+            like = jax.eval_shape(lambda params: (params, tx.init(params)), plain["params"])
+            restored = checkpointer.restore(tmp_path / "kept", like)
+        for kept in (restored, pickle.loads(pickle.dumps(half))):
+            assert_same_bits(train(kept, 3), expected)
+    assert len(traces) == 1
 
 
 def assert_same_bits(one, other):
