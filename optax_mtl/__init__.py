@@ -3,6 +3,7 @@
 from optax_mtl._base import BalanceState
 from optax_mtl._blocks import block_gramians, block_names
 from optax_mtl._blockwise import blockwise, BlockwiseState
+from optax_mtl._bundle import bundle, unbundle
 from optax_mtl._change_tasks import change_tasks
 from optax_mtl._checked import checked
 from optax_mtl._combinators import mean_tasks, per_task, shared_and_heads, sum_tasks
@@ -12,6 +13,7 @@ from optax_mtl._geometry import balance_in_metric, BalanceInMetricState, precond
 from optax_mtl._gramian import combine, Gramian, task_cross_gramian, task_gramian
 from optax_mtl._light import value_and_light_grads
 from optax_mtl._monitor import monitor, MonitorState, recorded, Records, update_shares
+from optax_mtl._multi_steps import multi_steps
 from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grads
 from optax_mtl._sketch import value_and_sketched_grads
 from optax_mtl._split import split
@@ -97,6 +99,7 @@ __all__ = [
     "block_names",
     "blockwise",
     "bloop",
+    "bundle",
     "cagrad",
     "cagrad_weights",
     "cdtt",
@@ -172,6 +175,7 @@ __all__ = [
     "modo_weights",
     "monitor",
     "mtadam",
+    "multi_steps",
     "nash_mtl",
     "nash_mtl_weights",
     "ol_aux",
@@ -209,6 +213,7 @@ __all__ = [
     "task_names",
     "task_norms",
     "trimmed_mean",
+    "unbundle",
     "uncertainty",
     "uncertainty_weights",
     "update_every",

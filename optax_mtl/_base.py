@@ -22,6 +22,13 @@ State = TypeVar("State")
 Scalar = float | jax.Array
 
 
+class Bundle(NamedTuple):
+    """What `bundle` returns: task gradients, and the other arguments of `update` by their names."""
+
+    task_grads: TaskGrads
+    extra_args: dict[str, Any]
+
+
 class BalanceState(NamedTuple):
     """State of every balancing method.
 
@@ -226,6 +233,17 @@ def check_task_grads(
       single: whether a task axis of length 1 will do too (a leaf that only one task reaches).
       name: what the gradients are called, for messages.
     """
+    if isinstance(params, optax.LookaheadParams):
+        raise ValueError(
+            "A balancing method was given fast and slow parameters, and has gradients of the fast ones only: "
+            "optax.lookahead goes around the whole chain,\n"
+            "    tx = optax.lookahead(optax_mtl.unbundle(optax.chain(method, optimiser)), sync_period, slow_step_size)"
+        )
+    if isinstance(updates, Bundle):
+        raise ValueError(
+            f"{name} come in a bundle with other arguments, and the optimiser does not take these apart: wrap the "
+            "whole of it, tx = optax_mtl.unbundle(tx)."
+        )
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     if params is not None:
         shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
@@ -257,7 +275,8 @@ def check_task_grads(
             "    losses, task_grads = optax_mtl.value_and_task_grads(loss_fn)(params, batch)\n"
             "or stack your own with optax_mtl.stack_task_grads([grads_of_task_0, ...]), and put the balancing method "
             "before every other transformation in optax.chain (or wrap those in optax_mtl.per_task). optax.MultiSteps "
-            "and other accumulators come after it too."
+            "comes after it too; to accumulate the tasks' own gradients, wrap the whole chain in "
+            "optax_mtl.multi_steps(chain, num_tasks, every)."
         )
 
 

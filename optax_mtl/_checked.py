@@ -31,7 +31,7 @@ def checked(
 
     Raises:
       ValueError: if the updates are not shaped like the parameters, or the state changes its shape in an update; it
-        names the leaf and the remedy.
+        names the leaf and the remedy. Errors that the update raises by itself have a note with the order to write.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_mtl as mtl
@@ -58,11 +58,9 @@ def checked(
 
             try:
                 updates, after = jax.eval_shape(dry_run, task_grads, state, params, losses)
-            except TypeError as error:
-                raise TypeError(
-                    f"optax_mtl.checked: the dry run of an update failed: {error}. If the optimiser needs extra "
-                    "arguments, give examples of them: optax_mtl.checked(tx, num_tasks, value=0.0)."
-                ) from error
+            except Exception as error:
+                error.add_note(_NOTE)
+                raise
             _check_shapes(updates, params, state, after)
         return state
 
@@ -70,11 +68,26 @@ def checked(
         updates: _base.TaskGrads, state: Any, params: _base.Params | None = None, **update_args: Any
     ) -> tuple[Any, Any]:
         _base.check_task_grads(updates, num_tasks, params, single=True)
-        balanced, after = tx.update(updates, state, params, **update_args)
+        try:
+            balanced, after = tx.update(updates, state, params, **update_args)
+        except Exception as error:
+            error.add_note(_NOTE)
+            raise
         _check_shapes(balanced, params, state, after)
         return balanced, after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# Others' errors, of `lax.cond` say, name no order.
+_NOTE = (
+    "This was raised in an update of an optimiser in optax_mtl.checked. The order to write is\n"
+    "    optax.chain(optax_mtl.per_task(clipping, num_tasks), method, optax.apply_if_finite(optimiser, 5))\n"
+    "with what acts on each task's gradient in per_task, and what wraps an optimiser (optax.apply_if_finite, "
+    "optax.MultiSteps) around what stands behind the method. To accumulate the tasks' gradients, wrap the whole chain "
+    "in optax_mtl.multi_steps; optax.lookahead goes around checked. If the optimiser needs extra arguments, give "
+    "examples of them: optax_mtl.checked(tx, num_tasks, value=0.0)."
+)
 
 
 def _check_shapes(updates: Any, params: Any, before: Any, after: Any) -> None:

@@ -86,7 +86,14 @@ def per_task(inner: optax.GradientTransformation, num_tasks: int) -> optax.Gradi
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: _base.Params) -> Any:
-        return _base.copies(inner.init(params), num_tasks)
+        state = inner.init(params)
+        is_accumulator = lambda node: isinstance(node, optax.MultiStepsState)  # noqa: E731
+        if any(map(is_accumulator, jax.tree.leaves(state, is_leaf=is_accumulator))):
+            raise ValueError(
+                "per_task: optax.MultiSteps returns zeros between its steps, and these would be balanced. To "
+                "accumulate the tasks' gradients, wrap the whole chain: optax_mtl.multi_steps(chain, num_tasks, every)."
+            )
+        return _base.copies(state, num_tasks)
 
     def update_fn(
         updates: _base.TaskGrads,

@@ -48,7 +48,11 @@ class Deferred:
         return len(self.shape)
 
     def __repr__(self) -> str:
-        return f"Deferred(shape={self.shape}, dtype={self.dtype})"
+        # JAX quotes this where it refuses an argument, and says nothing else that would help.
+        return (
+            f"Deferred(shape={self.shape}, dtype={self.dtype}: for a weighting only, which is to stand first in "
+            "optax.chain)"
+        )
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise TypeError(_MESSAGE)

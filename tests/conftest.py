@@ -28,6 +28,8 @@ _COMPILE_FAST = (
     "test_fuzz.py",
     "test_change_tasks.py",
     "test_blockwise.py",
+    "test_training_loops.py",
+    "test_compositions.py",
     "experiments",
     "parity",
 )

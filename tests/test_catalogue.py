@@ -35,6 +35,8 @@ MAY_IMPORT = {
     "_sketch": {"_base", "_gramian", "_pullbacks"},
     "_change_tasks": set(),
     "_checked": {"_base"},
+    "_bundle": {"_base"},
+    "_multi_steps": {"_base", "_combinators", "_deferred", "_gramian"},
     "_weighting": {"_base", "_deferred", "_gramian"},
     "_task_state": {"_base"},
     "_blocks": {"_base", "_deferred", "_gramian"},

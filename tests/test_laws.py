@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import pickle
 
 import chex
+import flax.serialization
 import hypothesis
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -11,6 +13,7 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 import optax
+from orbax import checkpoint
 import pytest
 
 import cases
@@ -181,6 +184,51 @@ def equations(jaxpr, primitive):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
                 yield from equations(inner, primitive)
+
+
+def _register_keys():
+    """`flax.serialization` knows nothing of typed random keys until it is told: see docs/training_loops.md."""
+    flax.serialization.register_serialization_state(
+        type(jax.random.key(0)),
+        jax.random.key_data,
+        lambda key, data: jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)),
+        override=True,
+    )
+
+
+@every_case()
+def test_a_run_goes_on_from_a_checkpoint_bit_by_bit(case, tmp_path):
+    tx, step = program(case)
+    params = problems.params()
+
+    def train(state, steps):
+        updates = []
+        for k in steps:
+            matrix = problems.tree_of(problems.gradients(seed=k))
+            loss = jnp.asarray(problems.losses(T, k), jnp.float32)
+            update, state = step(matrix, state, params, loss, jnp.asarray(EVERYONE))
+            updates.append(update)
+        return updates, state
+
+    def bits(tree):
+        is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.tree.map(lambda leaf: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf), tree)
+
+    _register_keys()
+    with context(case):
+        _, half = train(tx.init(params), range(3))
+        expected = train(half, range(3, 5))
+        with checkpoint.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", half)
+            checkpointer.wait_until_finished()
+            restored = {"orbax": checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))}
+        fresh = tx.init(params)
+        restored["bytes"] = flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(half))
+        restored["dict"] = flax.serialization.from_state_dict(fresh, flax.serialization.to_state_dict(half))
+        restored["pickle"] = pickle.loads(pickle.dumps(half))
+        for way, state in restored.items():
+            chex.assert_trees_all_equal_shapes_and_dtypes(bits(state), bits(half))
+            chex.assert_trees_all_equal(bits(train(state, range(3, 5))), bits(expected), custom_message=way)
 
 
 @every_case()
