@@ -129,7 +129,9 @@ def weighting(
 
         if needs_gramian and needs_norms:
             return balance(_gramian.task_gramian(updates, metric))
-        if needs_norms or isinstance(updates, _gramian.Gramian):
+        # In float16 the sum is kept within range: from it, one cannot tell whether all was finite.
+        narrowed = any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(updates))
+        if needs_norms or narrowed or isinstance(updates, _gramian.Gramian):
             return balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))
         combined = balance(jnp.eye(num_tasks, dtype=_base.accumulator_dtype(updates)))
         finite = jnp.isfinite(optax.tree.norm(combined[0], squared=True))

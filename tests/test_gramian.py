@@ -59,6 +59,10 @@ def test_what_overflows_stays_within_range(oracle):
     update, _ = mtl.sum_tasks(2).update(half, mtl.sum_tasks(2).init(jnp.zeros(2, jnp.float16)))
     assert update.dtype == jnp.float16
     assert update.tolist() == [65504.0, 2.0]
+    # And yet what is not finite is no large number.
+    update, state = mtl.sum_tasks(2).update(half.at[0, 0].set(jnp.inf), mtl.sum_tasks(2).init(update))
+    assert update.tolist() == half[1].tolist()
+    assert state.nonfinite_count.tolist() == [1, 0]
 
 
 def test_half_precision_is_accumulated_in_float32():
