@@ -13,7 +13,7 @@ from jax.extend import core
 from optax_mtl import _base, _split, _xla
 
 _STRATEGIES = ("auto", "unroll", "loop", "vmap")
-_UNROLL = 16  # tasks; beyond, compile time and memory speak for the loop
+_UNROLL = 32  # tasks; beyond, compile time and memory speak for the loop
 
 
 def value_and_task_grads(
@@ -38,7 +38,7 @@ def value_and_task_grads(
       strategy: how the `T` pullbacks run, all in one program. `"unroll"`: one after another, written out; of losses
         given as a pytree, each is pulled back through its own head only. `"loop"`: one after another in a `lax` loop;
         the least memory and compile time, but every head is pulled back for every task. `"vmap"`: at once, batched.
-        `"auto"`: `"vmap"`, but on CPU, where it is slower unless there are loops in the program, `"unroll"` up to 16
+        `"auto"`: `"vmap"`, but on CPU, where it is slower unless there are loops in the program, `"unroll"` up to 32
         tasks and then `"loop"`.
 
     Returns:
@@ -175,7 +175,11 @@ def _fastest(strategy: str, pullback: Callable[[Any], Any], cotangents: Any) -> 
 def _has_loop(jaxpr: core.Jaxpr) -> bool:
     for eqn in jaxpr.eqns:
         inner = eqn.params.get("jaxpr")
-        if eqn.primitive.name in ("scan", "while") or (inner is not None and _has_loop(getattr(inner, "jaxpr", inner))):
+        if eqn.primitive.name == "while" or (
+            eqn.primitive.name == "scan" and eqn.params["unroll"] < eqn.params["length"]
+        ):
+            return True
+        if inner is not None and _has_loop(getattr(inner, "jaxpr", inner)):
             return True
     return False
 

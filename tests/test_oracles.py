@@ -2,11 +2,12 @@
 
 import chex
 import jax
-from jax import numpy as jnp
+from jax import lax, numpy as jnp
 import numpy as np
 import pytest
 
 import optax_mtl as mtl
+from optax_mtl import _oracles
 
 STRATEGIES = ("unroll", "loop", "vmap")
 
@@ -134,3 +135,22 @@ def test_stack_task_grads(params, x):
         mtl.stack_task_grads([{"w": jnp.ones(2)}, {"v": jnp.ones(2)}])
     with pytest.raises(ValueError, match="at least one task"):
         mtl.stack_task_grads([])
+
+
+@pytest.mark.parametrize(
+    ("function", "loops"),
+    [
+        (lambda x: lax.scan(lambda c, _: (jnp.sin(c), None), x, length=3)[0], True),
+        (lambda x: lax.scan(lambda c, _: (jnp.sin(c), None), x, length=3, unroll=2)[0], True),
+        (lambda x: lax.scan(lambda c, _: (jnp.sin(c), None), x, length=3, unroll=True)[0], False),
+        (
+            lambda x: lax.scan(lambda c, _: (lax.fori_loop(0, 3, lambda _, y: y + 1, c), None), x, length=3, unroll=3),
+            True,
+        ),
+        (jax.jit(lambda x: lax.map(jnp.sin, jnp.stack([x, x]))), True),
+        (jax.jit(jnp.sin), False),
+    ],
+)
+def test_auto_knows_what_stays_a_loop(function, loops):
+    """On CPUs loops are batched and all else is unrolled, scans that are written out among it."""
+    assert _oracles._has_loop(jax.make_jaxpr(function)(1.0).jaxpr) == loops
