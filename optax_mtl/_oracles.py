@@ -39,7 +39,8 @@ def value_and_task_grads(
         given as a pytree, each is pulled back through its own head only. `"loop"`: one after another in a `lax` loop;
         the least memory and compile time, but every head is pulled back for every task. `"vmap"`: at once, batched.
         `"auto"`: `"vmap"`, but on CPU, where it is slower unless there are loops in the program, `"unroll"` up to 32
-        tasks and then `"loop"`.
+        tasks and then `"loop"`. (A CPU, that is, as JAX's default when the step is traced. To compile on a CPU for
+        other devices, say `"vmap"`.)
 
     Returns:
       A function of `loss_fn`'s arguments that returns `(losses, task_grads)`, or `((losses, aux), task_grads)`:

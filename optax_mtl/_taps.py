@@ -38,11 +38,13 @@ class Tapped(NamedTuple):
       companion: what the tap is given: `(T,)`, or `(L, T)` for the layers along the first axis of `value`; or something
         else that the taps know.
       metric: as `value`, or None.
+      constrain: how the program says that `value` is sharded, to be said of its gradients too; None if it does not.
     """
 
     value: jax.Array
     companion: Any
     metric: jax.Array | None = None
+    constrain: Callable[[jax.Array], jax.Array] | None = None
 
     @property
     def layered(self) -> bool:
@@ -135,10 +137,17 @@ def _into_checkpoint(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) ->
     if not taps.follow:
         return None
 
-    def function(*operands: Any) -> list[Any]:
-        return evaluate(eqn.params["jaxpr"], (), operands, taps)
+    constraints = [x.constrain if isinstance(x, Tapped) else None for x in operands]
 
-    return jax.checkpoint(function, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*operands)
+    def function(*operands: Any) -> list[Any]:
+        again = [
+            x if constrain is None else x._replace(constrain=constrain)
+            for x, constrain in zip(operands, constraints, strict=True)
+        ]
+        return evaluate(eqn.params["jaxpr"], (), again, taps)
+
+    arrays = [x._replace(constrain=None) if isinstance(x, Tapped) else x for x in operands]
+    return jax.checkpoint(function, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*arrays)
 
 
 def _into_scan(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[Any] | None:
@@ -150,9 +159,10 @@ def _into_scan(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[
     first = num_consts + eqn.params["num_carry"]
     start = [_tap(operand, taps) for operand in operands[:first]]
     shared = [x.companion if isinstance(x, Tapped) and not x.layered else None for x in operands[first:]]
+    # How all layers together are sharded says nothing about one.
     scanned = [
-        x if companion is None else x._replace(companion=None)
-        for x, companion in zip(operands[first:], shared, strict=True)
+        x if not isinstance(x, Tapped) else x._replace(companion=x.companion if x.layered else None, constrain=None)
+        for x in operands[first:]
     ]
 
     def step(carry: Any, slices: Any) -> Any:
@@ -180,7 +190,14 @@ def _rearranged(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list
     (tapped,) = operands
     if not taps.follow or tapped.layered or tapped.metric is not None:
         return None
-    return [tapped._replace(value=_bind(eqn, [tapped.value])[0])]
+    return [tapped._replace(value=_bind(eqn, [tapped.value])[0], constrain=None)]
+
+
+def _constrained(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[Any] | None:
+    # A sum of the gradients' products does not tell the compiler that they could be sharded like the parameter: each
+    # device would be sent all of them.
+    results = _elementwise(eqn, operands, taps)
+    return None if results is None else [results[0]._replace(constrain=lambda x: _bind(eqn, [x])[0])]
 
 
 def _product(eqn: core.JaxprEqn, operands: Sequence[Any], taps: Taps) -> list[Any] | None:
@@ -215,7 +232,7 @@ _RULES: dict[str, Callable[..., list[Any] | None]] = {
     "remat2": _into_checkpoint,
     "reshape": _rearranged,
     "scan": _into_scan,
-    "sharding_constraint": _elementwise,
+    "sharding_constraint": _constrained,
     "squeeze": _rearranged,
     "transpose": _rearranged,
 }
@@ -308,10 +325,11 @@ class _VjpTaps:
             return value, (companion, metric)
 
         def backward(residuals: Any, cotangent: jax.Array) -> Any:
+            cotangent = cotangent if tapped.constrain is None else tapped.constrain(cotangent)
             return *self._gradient(cotangent, *residuals), None
 
         identity.defvjp(forward, backward)
-        return identity(*tapped)
+        return identity(tapped.value, tapped.companion, tapped.metric)
 
     def multiply(self, product: Product, x: jax.Array, tapped: Tapped) -> jax.Array | None:
         """See `Taps`."""

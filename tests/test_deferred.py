@@ -611,3 +611,51 @@ def test_the_release_that_gets_batches_wrong_is_warned_of(monkeypatch):
     mtl.value_and_task_grads(loss_fn)(jnp.ones(3))  # not in a batch, then
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-reduce")
     LIGHT(loss_fn)(jnp.ones(3))
+
+
+# -- Meshes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["in the layer", "outside of a rematerialised one", "before the scan"])
+def test_gradients_are_sharded_as_the_parameter_is_said_to_be(where):
+    """Or each device would be sent all tasks' gradients, to sum their products up and forget them."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("chips",))
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.standard_normal((2, 6, 5)), jnp.float32), jnp.asarray(rng.standard_normal((5, T)))
+    x = jnp.asarray(rng.standard_normal((40, 6)), jnp.float32)  # more rows than columns
+
+    def pinned(w):
+        spec = jax.sharding.PartitionSpec(*[None] * (w.ndim - 1), "chips")
+        return lax.with_sharding_constraint(w, jax.sharding.NamedSharding(mesh, spec))
+
+    multiply = jax.checkpoint(lambda z, w: jnp.tanh(z @ w.astype(jnp.float32)))
+
+    def layer(z, w):
+        if where == "in the layer":
+            return jax.checkpoint(lambda z, w: z + jnp.sum(jnp.tanh(z @ pinned(w))))(z, w), None
+        return z + jnp.sum(multiply(z, pinned(w) if where.startswith("outside") else w)), None
+
+    def loss_fn(params):
+        layers, heads = params
+        z, _ = lax.scan(layer, x, pinned(layers) if where == "before the scan" else layers)
+        return jnp.mean((z[:, :5] @ heads) ** 2, axis=0)
+
+    gramian = lambda oracle: lambda params: mtl.task_gramian(oracle(loss_fn)(params)[1])
+    assert_close(jax.jit(gramian(LIGHT))(params), jax.jit(gramian(mtl.value_and_task_grads))(params))
+    multiplied = producers(jax.make_jaxpr(gramian(LIGHT))(params).jaxpr, "dot_general", (T, 6, 5))
+    assert multiplied
+    assert ("sharding_constraint" in multiplied) == (where != "before the scan"), multiplied
+
+
+def producers(jaxpr, primitive, shape):
+    """What makes the operands of this shape of a primitive, in the sub-programs too."""
+    found, made_by = set(), {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == primitive:
+            found |= {made_by.get(x) for x in equation.invars if getattr(x.aval, "shape", None) == shape}
+        made_by |= dict.fromkeys(equation.outvars, equation.primitive.name)
+        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                found |= producers(inner, primitive, shape)
+    return found

@@ -207,3 +207,15 @@ def test_sharded_leaves_stay_where_they_are():
         [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_compiled_is_for_where_it_will_run():
+    """Chunks in a loop are for CPUs alone, also where a program for another device is only compiled on one."""
+    task_grads = jnp.ones((3, 200, 300))
+    lowered = lambda platform: jax.jit(mtl.task_gramian).trace(task_grads).lower(lowering_platforms=(platform,))
+    for platform in ("tpu", "cuda"):
+        text = lowered(platform).as_text()
+        assert "stablehlo.while" not in text
+        assert text.count("stablehlo.dot_general") == 1
+    many = jnp.ones((9, 200, 300))  # too many for sums side by side
+    assert "stablehlo.while" in jax.jit(mtl.task_gramian).lower(many).as_text()

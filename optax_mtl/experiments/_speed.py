@@ -516,6 +516,11 @@ SECTIONS = {
         lambda full, progress, peers, notes: _speed_alone.measure_solvers(full, progress),
         {"method": "", "kind": "Gramians", "tasks": "T", "microseconds": "µs"},
     ),
+    "tasks": Section(
+        "Against the number of tasks: random Gramians, and the gradients of a million parameters",
+        lambda full, progress, peers, notes: _speed_alone.measure_tasks(full, progress),
+        {"method": "", "tasks": "T", "microseconds": "the T x T part, µs", "milliseconds": "all of it, ms"},
+    ),
     "compilation": Section(
         "To compile the first update",
         lambda full, progress, peers, notes: _speed_alone.measure_compilation(full, progress),

@@ -363,6 +363,44 @@ def _steps_on_gramians(tx: Any, num_tasks: int) -> Callable[..., Any]:
     return jax.jit(lambda gramians, state: lax.scan(step, state, gramians)[1])
 
 
+# -- Many tasks ------------------------------------------------------------------------------------------------------
+
+MANY = ("mean_tasks", "mgda", "upgrad", "nash_mtl", "cagrad", "pcgrad")  # one of each mechanism
+
+
+def measure_tasks(
+    full: bool = False, progress: _Progress = lambda _: None, *, methods: Sequence[str] = (), tasks: Sequence[int] = ()
+) -> list[_Row]:
+    """Against the number of tasks: the `T x T` part by itself, and the whole on gradients of a million parameters."""
+    rows = []
+    for num_tasks in tasks or ((2, 4, 8, 16, 32, 64, 128) if full else (2, 8, 32, 128)):
+        rng = np.random.default_rng(0)
+        params = {f"{i}": jnp.ones(250_000) for i in range(4)}
+        grads = {
+            name: jnp.asarray(rng.standard_normal((num_tasks, leaf.size), np.float32)) for name, leaf in params.items()
+        }
+        steps = max(256 // num_tasks, 4)
+        gramians = _gramians("random", num_tasks, steps)
+        for name in methods or MANY:
+            progress(f"{name}, T = {num_tasks}")
+            tx = METHODS[name](num_tasks)
+            update = jax.jit(functools.partial(tx.update, params=params, **extra_args(num_tasks)))
+            ways = {
+                "solve": functools.partial(_steps_on_gramians(tx, num_tasks), gramians, tx.init(jnp.zeros(3))),
+                "whole": functools.partial(update, grads, tx.init(params)),
+            }
+            taken = {way: float(np.median(seconds)) for way, seconds in _timing.interleaved(ways, 5).items()}
+            rows.append(
+                {
+                    "method": name,
+                    "tasks": num_tasks,
+                    "microseconds": 1e6 * taken["solve"] / steps,
+                    "milliseconds": 1e3 * taken["whole"],
+                }
+            )
+    return rows
+
+
 # -- To compile ------------------------------------------------------------------------------------------------------
 
 

@@ -142,6 +142,7 @@ def test_sections_by_themselves_are_tables_too(capsys, monkeypatch, tmp_path):
         ("measure_balancing", {"tasks": 2, "over_floor": 1.25, "read_milliseconds": 1.0, "multiply_milliseconds": 2.0}),
         ("measure_aggregation", {"torchjd_milliseconds": None, "times_faster": None}),
         ("measure_solvers", {"kind": "random", "tasks": 16, "microseconds": 3.0}),
+        ("measure_tasks", {"tasks": 128, "microseconds": 5.0}),
         ("measure_compilation", {"tasks": 8, "seconds": 0.5, "blockwise_seconds": None}),
     ]
     for name, row in measured:
