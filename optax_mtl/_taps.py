@@ -315,7 +315,7 @@ class _VjpTaps:
 
     def multiply(self, product: Product, x: jax.Array, tapped: Tapped) -> jax.Array | None:
         """See `Taps`."""
-        if not self._pays(tapped.companion.shape[0], product):
+        if not self._pays(tapped.companion.shape[0], product) or _gramian.explicit_sharding(x, tapped.value):
             return None
 
         @jax.custom_vjp
