@@ -105,7 +105,8 @@ class _KeepTaps:
 
     def multiply(self, product: _taps.Product, x: jax.Array, tapped: _taps.Tapped) -> jax.Array | None:
         """See `Taps`."""
-        if not _taps.less_work(self._num_tasks, product) or _gramian.explicit_sharding(x, tapped.value):
+        is_explicit = _gramian.explicit_sharding(x, tapped.value) is not None  # it would have to be told where it ends
+        if is_explicit or not _taps.less_work(self._num_tasks, product):
             return None
         index: Any = tapped.companion
         result = product.multiply(x, tapped.value)

@@ -3,7 +3,7 @@
 Under plain `jax.jit` none of this is needed: arrays are whole there, however they are placed.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import contextvars
 import functools
@@ -19,7 +19,7 @@ from optax_mtl import _base, _deferred
 
 
 class _Scope(NamedTuple):
-    axes: tuple[Hashable, ...] = ()
+    axes: tuple[str, ...] = ()
     every_leaf: bool = False
 
 
@@ -35,8 +35,8 @@ def over_axes(
     There each device sees its own shard of a leaf. Inner products, norms, and whether a task's gradient is finite, are
     summed over `axis_name` here, so that all shards get the same weights: the update is each shard's part of what it
     would be outside. Any method, and what is built of them, will do: `blockwise`, `shared_and_heads`, `monitor`, with
-    an optimiser behind. (Optax's own norms, as in `optax.clip_by_global_norm`, remain those of the shard.) Put it
-    around the whole. Under plain `jax.jit` it is not needed, nor allowed.
+    an optimiser behind. Put it around the whole. (Optax's own norms, as in `optax.clip_by_global_norm`, remain those of
+    a shard; and `graddrop` draws on each shard for its entries.) Under plain `jax.jit` it is not needed, nor allowed.
 
     Which leaves are sharded over which of the axes, their types tell. Leaves that are the same on all shards are
     counted once.
@@ -123,7 +123,7 @@ def check_none(oracle: str) -> None:
 
 def total(parts: Sequence[jax.Array]) -> jax.Array:
     """The sum of arrays that each are of one leaf, over all shards of it."""
-    by_axes: dict[tuple[Hashable, ...], list[jax.Array]] = {}
+    by_axes: dict[tuple[str, ...], list[jax.Array]] = {}
     for part in parts:
         by_axes.setdefault(_axes(part), []).append(part)
     sums = [_psum(functools.reduce(operator.add, own), axes) for axes, own in by_axes.items()]
@@ -153,11 +153,11 @@ def own_key(key: jax.Array, leaf: jax.Array) -> jax.Array:
     return key
 
 
-def _psum(value: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
+def _psum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.psum(value, axes) if axes else value
 
 
-def _axes(value: jax.Array) -> tuple[Hashable, ...]:
+def _axes(value: jax.Array) -> tuple[str, ...]:
     """The axes over which `value` is one of several shards."""
     scope = _scope.get()
     if scope.every_leaf or not scope.axes:
@@ -174,13 +174,14 @@ def _varying(value: jax.Array) -> Any:
 
 
 def _check_averaged(task_grads: Any, params: _base.Params) -> None:
-    if isinstance(task_grads, jax.Array) or len(jax.tree.leaves(task_grads)) == len(jax.tree.leaves(params)):
-        leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(task_grads), strict=False)
-        for (path, param), grads in leaves:
-            surplus = set() if isinstance(grads, _deferred.Deferred) else {*_axes(grads)} - {*_axes(jnp.asarray(param))}
-            if surplus:
-                raise ValueError(
-                    f"over_axes: task_grads{jax.tree_util.keystr(path)} varies over {sorted(map(str, surplus))}, and "
-                    "its parameter does not: it is the gradient of a part of the batch. Average the losses before they "
-                    "are differentiated, jax.lax.pmean(losses, axis), or the gradients before they are balanced."
-                )
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(task_grads), strict=False)
+    for (path, param), grads in leaves:
+        if isinstance(grads, _deferred.Deferred):
+            continue
+        surplus = sorted({*_axes(grads)} - {*_axes(jnp.asarray(param))})
+        if surplus:
+            raise ValueError(
+                f"over_axes: task_grads{jax.tree_util.keystr(path)} varies over {surplus}, and its parameter does not: "
+                "it is the gradient of a part of the batch. Average the losses before they are differentiated, "
+                "jax.lax.pmean(losses, axis), or the gradients before they are balanced."
+            )

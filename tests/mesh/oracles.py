@@ -99,6 +99,7 @@ def in_shards(mesh, params, batch):
         "unroll": mtl.value_and_task_grads(loss_fn, strategy="unroll"),
         "light": mtl.value_and_light_grads(loss_fn),
         "kept": mtl.value_and_light_grads(loss_fn, recompute=False),
+        "all in a sketch": mtl.value_and_sketched_grads(loss_fn, size=4095),
     }
 
     def steps(params, batch):
@@ -125,6 +126,8 @@ def main():
         # Of what goes from device to device, but for sums: activations, parameters, never all tasks' gradients.
         large = [one for one in crossing if one[0] != "all-reduce" and common.size(one[1]) >= T * SMALLEST_LEAF]
         assert all("[sketched]" in origin for _, _, origin in large), (way, large)
+    for tree in expected:
+        tree["all in a sketch"] = tree["unroll"]  # as large as the leaf
     for actual in (in_shards(mesh, params, batch), explicit(params, batch)):
         common.assert_close(actual, tuple({name: tree[name] for name in actual[0]} for tree in expected))
 
