@@ -15,6 +15,7 @@ from optax_mtl._light import value_and_light_grads
 from optax_mtl._monitor import monitor, MonitorState, recorded, Records, update_shares
 from optax_mtl._multi_steps import multi_steps
 from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grads
+from optax_mtl._shards import over_axes
 from optax_mtl._sketch import value_and_sketched_grads
 from optax_mtl._split import split
 from optax_mtl.methods._adaptive_weight_assignment import adaptive_weight_assignment, adaptive_weight_assignment_weights
@@ -179,6 +180,7 @@ __all__ = [
     "nash_mtl",
     "nash_mtl_weights",
     "ol_aux",
+    "over_axes",
     "pbi",
     "pbi_weights",
     "pcd",

@@ -85,6 +85,19 @@ def accumulator_dtype(tree: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
+def zeros_of(params: Params, dtype: Any = None, *, lead: tuple[int, ...] = ()) -> Any:
+    """Zeros `(*lead, *shape)` for every parameter, on the devices that hold it and sharded as it is.
+
+    In float32 at least if there is no `dtype`.
+    """
+
+    def zeros(param: Any) -> jax.Array:
+        like = jnp.zeros_like(param, dtype=dtype or accumulator_dtype(param))
+        return jnp.broadcast_to(like, (*lead, *like.shape))
+
+    return jax.tree.map(zeros, params)
+
+
 def where_present(present: jax.Array, new: State, old: State) -> State:
     """Takes `new` for the tasks that took part and `old` for the others, on leaves with a leading task axis."""
 

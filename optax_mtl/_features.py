@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from optax_mtl import _base, _gramian, _pullbacks, _split
+from optax_mtl import _base, _gramian, _pullbacks, _shards, _split
 
 
 def value_and_feature_grads(loss_fn: _split.Split, has_aux: bool = False) -> Callable[..., tuple[Any, _base.TaskGrads]]:
@@ -66,6 +66,7 @@ class _FeatureLevel(_pullbacks.Pullbacks):
         """See `Source`."""
         if metrics is not None or sorted(indices) != list(range(len(self.leaves))):
             raise ValueError(_WHOLE)
+        _shards.check_none("value_and_feature_grads")
         return _gramian.task_gramian(self._cotangents)
 
     def leaf_gramians(

@@ -7,7 +7,7 @@ import jax
 from jax import numpy as jnp
 import optax
 
-from optax_mtl import _base, _combinators, _gramian
+from optax_mtl import _base, _combinators, _gramian, _shards
 
 
 def precondition_then_balance(
@@ -90,8 +90,8 @@ def second_moment_metric(opt_state: Any) -> _base.Params:
         return second_moment
     dtype = _base.accumulator_dtype(second_moment)
     # The mean of the roots, as that of the squares may overflow.
-    total = sum(jnp.sum(jnp.sqrt(leaf.astype(dtype))) for leaf in leaves)
-    mean = total / sum(leaf.size for leaf in leaves)
+    total = _shards.total([jnp.sum(jnp.sqrt(leaf.astype(dtype))) for leaf in leaves])
+    mean = total / sum(leaf.size * _shards.number(leaf) for leaf in leaves)
 
     def inverse_root(nu: jax.Array) -> jax.Array:
         root = jnp.sqrt(nu.astype(dtype)) / jnp.where(mean > 0, mean, 1)

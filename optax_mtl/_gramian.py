@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 from jax import lax, numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from optax_mtl import _base, _deferred
+from optax_mtl import _base, _deferred, _shards
 
 _SMALL = 4096  # parameters; up to here how it is done makes no difference
 _CHUNK = 65536  # numbers in the columns that a product takes at a time: in the second cache, and enough for two threads
@@ -80,13 +81,16 @@ def check_metric_shapes(metric: _base.Params, task_grads: _base.TaskGrads) -> No
             )
 
 
-def task_gramian(task_grads: _base.TaskGrads, metric: _base.Params | None = None) -> jax.Array:
+def task_gramian(
+    task_grads: _base.TaskGrads, metric: _base.Params | None = None, *, axis_name: Any = None
+) -> jax.Array:
     """The Gramian of the tasks' gradients, `M[i, j] = <g_i, g_j>` over all leaves.
 
     Args:
       task_grads: leaves `(T, *shape)`, sharded in any way except along the task axis, or deferred; or a `Gramian`.
       metric: leaves `(*shape)`, not negative: what each parameter counts, `M[i, j] = sum_k metric_k g_ik g_jk`. One
         for all if None.
+      axis_name: inside `jax.shard_map`, the axes over which the leaves are sharded, as for `over_axes`.
 
     Returns:
       `(T, T)`, symmetric, in float32 (float64 if any leaf has it). Rows and columns of tasks whose gradient is not
@@ -97,6 +101,9 @@ def task_gramian(task_grads: _base.TaskGrads, metric: _base.Params | None = None
       >>> mtl.task_gramian(jnp.array([[3.0, 0.0], [1.0, 2.0]]), metric=jnp.array([1.0, 10.0])).tolist()
       [[9., 3.], [3., 41.]]
     """
+    if axis_name is not None:
+        with _shards.summing_over(axis_name):
+            return task_gramian(task_grads, metric)
     if isinstance(task_grads, Gramian):
         matrix = jnp.asarray(task_grads.matrix)
         return matrix.astype(_base.accumulator_dtype(matrix))
@@ -147,8 +154,7 @@ def task_cross_gramian(
     else:
         check_metric_shapes(metric, first)
         products = jax.tree.map(lambda a, b, m: _leaf_products(a, b, m, dtype), first, second, metric)
-    cross: jax.Array = jax.tree.reduce(operator.add, products)
-    return cross
+    return _shards.total(jax.tree.leaves(products))
 
 
 def task_squared_norms(task_grads: _base.TaskGrads, metric: _base.Params | None = None) -> jax.Array:
@@ -163,7 +169,7 @@ def task_squared_norms(task_grads: _base.TaskGrads, metric: _base.Params | None 
         return jnp.sum(squares, axis=tuple(range(1, leaf.ndim)))
 
     trees = (task_grads,) if metric is None else (task_grads, metric)
-    return jax.tree.reduce(operator.add, jax.tree.map(leaf_squared_norms, *trees))
+    return _shards.total(jax.tree.leaves(jax.tree.map(leaf_squared_norms, *trees)))
 
 
 def task_products(task_grads: _base.TaskGrads, direction: _base.Params) -> jax.Array:
@@ -182,15 +188,9 @@ def task_products(task_grads: _base.TaskGrads, direction: _base.Params) -> jax.A
         axes = (tuple(range(1, leaf.ndim)), tuple(range(along.ndim)))
         if leaf.dtype not in (dtype, along.dtype):  # a matrix product would first copy the gradients in a wider dtype
             return jnp.sum(leaf.astype(dtype) * along.astype(dtype)[None], axis=axes[0])
-        return lax.dot_general(
-            leaf,
-            along.astype(leaf.dtype),
-            (axes, ((), ())),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=dtype,
-        )
+        return _inner_products(leaf, along.astype(leaf.dtype), axes, dtype)
 
-    return jax.tree.reduce(operator.add, jax.tree.map(leaf_products, task_grads, direction))
+    return _shards.total(jax.tree.leaves(jax.tree.map(leaf_products, task_grads, direction)))
 
 
 def _leaf_products(first: jax.Array, second: jax.Array, metric: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
@@ -220,9 +220,29 @@ def _contract(first: jax.Array, second: jax.Array, metric: jax.Array | None, dty
     axes = tuple(range(1, first.ndim))
     if metric is not None:
         first, second = first.astype(dtype) * metric.astype(dtype)[None], second.astype(dtype)
+    return _inner_products(first, second, (axes, axes), dtype)
+
+
+def _inner_products(
+    first: jax.Array, second: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: jnp.dtype
+) -> jax.Array:
     return lax.dot_general(
-        first, second, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+        first,
+        second,
+        (axes, ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+        out_sharding=explicit_sharding(first, second),
     )
+
+
+def explicit_sharding(*arrays: jax.Array) -> NamedSharding | None:
+    """The sharding of what is on all devices, which sums must be given where axes are explicit; None elsewhere."""
+    for array in arrays:
+        sharding = jax.typeof(array).sharding
+        if any(axis is not None for axis in getattr(sharding, "spec", ())):
+            return NamedSharding(sharding.mesh, PartitionSpec())
+    return None
 
 
 _OfColumns = Callable[[Any, Any], tuple[jax.Array, Any]]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from optax_mtl import _base, _blocks, _gramian, _oracles, _pullbacks, _taps
+from optax_mtl import _base, _blocks, _gramian, _oracles, _pullbacks, _shards, _taps
 
 
 class Kept(_pullbacks.Pullbacks):
@@ -105,9 +105,12 @@ class _KeepTaps:
 
     def multiply(self, product: _taps.Product, x: jax.Array, tapped: _taps.Tapped) -> jax.Array | None:
         """See `Taps`."""
-        if not _taps.less_work(self._num_tasks, product):
+        is_explicit = _gramian.explicit_sharding(x, tapped.value) is not None  # it would have to be told where it ends
+        if is_explicit or not _taps.less_work(self._num_tasks, product):
             return None
         index: Any = tapped.companion
         result = product.multiply(x, tapped.value)
+        if _shards.is_shard(result):  # what is added would be the same on all shards, and so would its cotangent
+            return result
         self.products[index], self.activations[index], self.results[index] = product, x, result
         return result + self._added[index] if index in self._added else result

@@ -7,7 +7,7 @@ import jax
 from jax import numpy as jnp
 import optax
 
-from optax_mtl import _base, _gramian
+from optax_mtl import _base, _gramian, _shards
 from optax_mtl._combinators import check_gradients
 
 # mix(task_grads, method_state, *, present, losses, params, **extra_args) -> (update, sizes, method_state)
@@ -87,9 +87,8 @@ def mixer(
 def absolute_sums(contributions: Any) -> jax.Array:
     """The sum of absolute values of each task's contribution to each leaf, `(L, T)`, of leaves `(T, *shape)`."""
     dtype = _base.accumulator_dtype(contributions)
-    return jnp.stack(
-        [jnp.sum(jnp.abs(c), axis=tuple(range(1, c.ndim)), dtype=dtype) for c in jax.tree.leaves(contributions)]
-    )
+    sums = [jnp.sum(jnp.abs(c), axis=tuple(range(1, c.ndim)), dtype=dtype) for c in jax.tree.leaves(contributions)]
+    return jnp.stack([_shards.total([of_leaf]) for of_leaf in sums])
 
 
 def _shares(sizes: jax.Array) -> jax.Array:
@@ -99,12 +98,12 @@ def _shares(sizes: jax.Array) -> jax.Array:
 
 def first_moments(params: _base.Params, num_tasks: int, mu_dtype: Any) -> Any:
     """Leaves `(T, *shape)` of zeros, in the parameters' dtype if `mu_dtype` is None."""
-    return jax.tree.map(lambda p: jnp.zeros((num_tasks, *jnp.shape(p)), mu_dtype or jnp.result_type(p)), params)
+    return jax.tree.map(lambda p: _base.zeros_of(p, mu_dtype or jnp.result_type(p), lead=(num_tasks,)), params)
 
 
 def second_moments(params: _base.Params, num_tasks: int) -> Any:
     """Leaves `(T, *shape)` of zeros, in float32 at least: in bfloat16, `0.999 * v` would round to `v`."""
-    return jax.tree.map(lambda p: jnp.zeros((num_tasks, *jnp.shape(p)), _base.accumulator_dtype(p)), params)
+    return _base.zeros_of(params, lead=(num_tasks,))
 
 
 def per_leaf(factors: jax.Array, leaf: jax.Array) -> jax.Array:

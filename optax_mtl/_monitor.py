@@ -7,7 +7,7 @@ from jax import lax, numpy as jnp
 import numpy as np
 import optax
 
-from optax_mtl import _base, _blocks, _gramian, _solvers
+from optax_mtl import _base, _blocks, _gramian, _shards, _solvers
 
 
 class MonitorState(NamedTuple):
@@ -186,7 +186,7 @@ def monitor(
 def _at_unit_scale(update: _base.Params) -> _base.Params:
     """`update` divided by its largest entry: no step is too long or too short to be squared."""
     dtype = _base.accumulator_dtype(update)
-    sizes = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jax.tree.leaves(update)]
+    sizes = [_shards.largest(jnp.max(jnp.abs(leaf), initial=0).astype(dtype)) for leaf in jax.tree.leaves(update)]
     largest = jnp.max(jnp.stack(sizes))
     unit = jnp.where(largest > 0, largest, 1)
     return jax.tree.map(lambda leaf: (leaf.astype(dtype) / unit).astype(leaf.dtype), update)

@@ -333,7 +333,8 @@ class _VjpTaps:
 
     def multiply(self, product: Product, x: jax.Array, tapped: Tapped) -> jax.Array | None:
         """See `Taps`."""
-        if not self._pays(tapped.companion.shape[0], product):
+        is_explicit = _gramian.explicit_sharding(x, tapped.value) is not None  # it would have to be told where it ends
+        if is_explicit or not self._pays(tapped.companion.shape[0], product):
             return None
 
         @jax.custom_vjp

@@ -52,7 +52,7 @@ def tracking(
     num_tasks = _base.check_num_tasks(num_tasks)
 
     def init_fn(params: _base.Params) -> TrackingState:
-        mean = jax.tree.map(lambda p: jnp.zeros((num_tasks, *jnp.shape(p)), _base.accumulator_dtype(p)), params)
+        mean = _base.zeros_of(params, lead=(num_tasks,))
         return TrackingState(jnp.zeros(num_tasks, jnp.int32), mean, balance.init(params))
 
     def update_fn(

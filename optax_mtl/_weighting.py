@@ -134,7 +134,7 @@ def weighting(
         if needs_norms or narrowed or isinstance(updates, _gramian.Gramian):
             return balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))
         combined = balance(jnp.eye(num_tasks, dtype=_base.accumulator_dtype(updates)))
-        finite = jnp.isfinite(optax.tree.norm(combined[0], squared=True))
+        finite = jnp.isfinite(_gramian.task_squared_norms(jax.tree.map(lambda update: update[None], combined[0])))[0]
         return lax.cond(
             finite, lambda: combined, lambda: balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))
         )

@@ -1,10 +1,6 @@
-"""What the oracles cost, counted in the compiled programs: memory, work, traces; and what crosses devices."""
+"""What the oracles cost, counted in the compiled programs: memory, work, traces."""
 
 import functools
-import os
-import subprocess
-import sys
-import textwrap
 
 import chex
 import jax
@@ -202,57 +198,3 @@ def test_microbatches_in_the_loss(oracle):
     )(params)
     actual, expected = step(in_parts, oracle), step(regression, mtl.value_and_task_grads)
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_on_a_mesh_as_on_one_device():
-    """Data parallel, parameters sharded, and both: the same step, and updates that stay with their parameters."""
-    program = """
-        import functools
-        import jax
-        from jax import lax, numpy as jnp
-        from jax.sharding import NamedSharding, PartitionSpec as P
-        import numpy as np
-        import optax_mtl as mtl
-
-        mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
-        rng = np.random.default_rng(0)
-        normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32) / 4
-        params = {
-            "trunk": {"layers": normal(3, 32, 32), "wide": normal(32, 64)}, "heads": [normal(64) for _ in range(3)]
-        }
-        batch = {"x": normal(8, 32), "y": normal(8)}
-
-        def trunk(p, batch):
-            z, _ = lax.scan(jax.checkpoint(lambda z, w: (jnp.tanh(z @ w), None)), batch["x"], p["layers"])
-            return jnp.tanh(z @ p["wide"])
-
-        head = lambda p, z, batch: jnp.mean((z @ p - batch["y"]) ** 2)
-        loss_fn = mtl.split(trunk, [head] * 3)
-        tx = mtl.shared_and_heads(mtl.upgrad(3), loss_fn.shared)
-        none = {"trunk": {"layers": P(), "wide": P()}, "heads": [P()] * 3}
-        sharded = {"trunk": {"layers": P(None, "data", "model"), "wide": P("data", "model")}, "heads": [P()] * 3}
-        place = lambda tree, specs: jax.tree.map(
-            lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs, is_leaf=lambda x: isinstance(x, P)
-        )
-        kept = functools.partial(mtl.value_and_light_grads, recompute=False)
-        for oracle in (mtl.value_and_light_grads, kept, mtl.value_and_task_grads, mtl.value_and_sketched_grads):
-            def step(params, batch):
-                losses, grads = oracle(loss_fn)(params, batch)
-                return tx.update(grads, tx.init(params), params, losses=losses)[0]
-
-            expected = jax.jit(step)(params, batch)
-            for specs, rows in ((none, P("data")), (sharded, P()), (sharded, P(("data",)))):
-                placed = jax.tree.map(
-                    lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), params, specs
-                )
-                shardings = jax.tree.map(lambda x: x.sharding, placed)
-                split = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, rows)), batch)
-                updates = jax.jit(step, out_shardings=shardings)(placed, split)
-                jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), updates, expected)
-    """
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr

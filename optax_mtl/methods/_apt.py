@@ -6,7 +6,7 @@ import jax
 from jax import numpy as jnp
 import optax
 
-from optax_mtl import _base, _gramian, _solvers
+from optax_mtl import _base, _gramian, _shards, _solvers
 
 
 class APTState(NamedTuple):
@@ -111,15 +111,13 @@ def apt(
         state = balance.init(params)
         _check_balances(state, num_tasks)
 
-        def zeros() -> Any:  # anew for each moment, so that a jitted step may be given both buffers to write in
-            return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _base.accumulator_dtype(p)), params)
-
+        # Anew for each moment, so that a jitted step may be given both buffers to write in.
         return APTState(
             inner=state,
             steps=jnp.zeros((), jnp.int32),
             beta_product=jnp.ones(len(jax.tree.leaves(params)), _base.accumulator_dtype(params)),
-            moment=zeros(),
-            second_moment=zeros(),
+            moment=_base.zeros_of(params),
+            second_moment=_base.zeros_of(params),
         )
 
     def update_fn(
@@ -179,7 +177,9 @@ def _cosines(first: Any, second: Any, granularity: str, dtype: jnp.dtype) -> jax
 
     def products(a: Any, b: Any) -> jax.Array:
         by_leaf = jax.tree.leaves(jax.tree.map(lambda x, y: jnp.sum(x * y).astype(dtype), a, b))
-        return jnp.stack(by_leaf) if granularity == "leaf" else jnp.broadcast_to(sum(by_leaf), len(by_leaf))
+        if granularity == "leaf":
+            return jnp.stack([_shards.total([of_leaf]) for of_leaf in by_leaf])
+        return jnp.broadcast_to(_shards.total(by_leaf), len(by_leaf))
 
     lengths = jnp.sqrt(products(first, first)) * jnp.sqrt(products(second, second))
     return jnp.clip(products(first, second) * _solvers.reciprocal(lengths), -1, 1)

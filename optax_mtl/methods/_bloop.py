@@ -76,8 +76,7 @@ def bloop(
     _base.check_number("rho", rho, 0, 1)
 
     def init(dtype: jnp.dtype, params: _base.Params) -> BloopState:
-        mean = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _base.accumulator_dtype(p)), params)
-        return BloopState(mean, jnp.zeros((), bool), jnp.zeros((), dtype))
+        return BloopState(_base.zeros_of(params), jnp.zeros((), bool), jnp.zeros((), dtype))
 
     def rule(
         gramian: jax.Array, state: BloopState, *, present: jax.Array, task_grads: _base.TaskGrads, **_: Any

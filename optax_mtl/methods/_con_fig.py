@@ -191,10 +191,10 @@ def con_fig_momentum(
     _base.check_preference(preference, num_tasks)
 
     def init_fn(params: _base.Params) -> _base.BalanceState:
-        zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _base.accumulator_dtype(p)), params)
+        zeros = _base.zeros_of(params)
         method = ConFIGMomentumState(
             task_steps=jnp.zeros(num_tasks, jnp.int32),
-            moments=jax.tree.map(lambda z: jnp.zeros((num_tasks, *z.shape), z.dtype), zeros),
+            moments=_base.zeros_of(params, lead=(num_tasks,)),
             steps=jnp.zeros((), jnp.int32),
             moment=zeros,
             second_moment=zeros,

@@ -1,15 +1,13 @@
 """ExcessMTL: weights that grow with each task's distance from its optimum."""
 
-import functools
 import math
-import operator
 from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
 import optax
 
-from optax_mtl import _base, _gramian
+from optax_mtl import _base, _gramian, _shards
 from optax_mtl._solvers import reciprocal
 from optax_mtl._task_state import multiply_shares
 from optax_mtl._weighting import weighting
@@ -46,8 +44,7 @@ def excess_risks(task_grads: _base.TaskGrads, squares: Any) -> jax.Array:
         risks = jnp.square(grads.astype(sums.dtype)) * reciprocal(jnp.sqrt(sums))
         return jnp.sum(risks, axis=tuple(range(1, sums.ndim)))
 
-    risks: jax.Array = jax.tree.reduce(operator.add, jax.tree.map(of_leaf, task_grads, squares))
-    return risks
+    return _shards.total(jax.tree.leaves(jax.tree.map(of_leaf, task_grads, squares)))
 
 
 def excess_mtl(
@@ -102,7 +99,7 @@ def excess_mtl(
     warmup_steps = _base.check_int("warmup_steps", warmup_steps, 0)
 
     def init(dtype: jnp.dtype, params: _base.Params) -> ExcessMTLState:
-        squares = jax.tree.map(lambda p: jnp.zeros((num_tasks, *jnp.shape(p)), _base.accumulator_dtype(p)), params)
+        squares = _base.zeros_of(params, lead=(num_tasks,))
         log_weights, steps = jnp.full(num_tasks, -math.log(num_tasks), dtype), jnp.zeros(num_tasks, jnp.int32)
         return ExcessMTLState(squares, log_weights, jnp.zeros(num_tasks, dtype), steps)
 
@@ -122,7 +119,7 @@ def excess_mtl(
         leaves, treedef = jax.tree.flatten(task_grads)
         pairs = zip(leaves, jax.tree.leaves(state.squares), strict=True)
         of_leaves, sums = zip(*(_gramian.by_columns(add, g.shape[1:], g, s) for g, s in pairs), strict=True)
-        risks, squares = functools.reduce(operator.add, of_leaves), treedef.unflatten(sums)
+        risks, squares = _shards.total(of_leaves), treedef.unflatten(sums)
 
         warms_up = present & (state.steps < jnp.maximum(jnp.asarray(warmup_steps, jnp.int32), 1))
         steps = state.steps + warms_up.astype(jnp.int32)

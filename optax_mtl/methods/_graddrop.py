@@ -6,7 +6,7 @@ import jax
 from jax import numpy as jnp
 import optax
 
-from optax_mtl import _base, _gramian
+from optax_mtl import _base, _gramian, _shards
 from optax_mtl._mixing import absolute_sums, mixer
 
 
@@ -87,7 +87,9 @@ def graddrop(
         key, now = jax.random.split(state.key)
         leaves, treedef = jax.tree.flatten(task_grads)
         keys = jax.random.split(now, len(leaves))
-        kept = treedef.unflatten([drop(leaf, k, present) for leaf, k in zip(leaves, keys, strict=True)])
+        kept = treedef.unflatten(
+            [drop(leaf, _shards.own_key(k, leaf), present) for leaf, k in zip(leaves, keys, strict=True)]
+        )
         return _gramian.combine(present.astype(jnp.float32), kept), absolute_sums(kept), GradDropState(key)
 
     return mixer("graddrop", num_tasks, mix, lambda params: GradDropState(first_key))

@@ -107,7 +107,7 @@ def madam(
 
     def init_fn(params: _base.Params) -> _base.BalanceState:
         state = init_inner(weigher, params, num_tasks, "madam")
-        products = jax.tree.map(lambda p: jnp.zeros((len(first), *jnp.shape(p)), _base.accumulator_dtype(p)), params)
+        products = _base.zeros_of(params, lead=(len(first),))
         return state._replace(method=MAdamState(state.method, jnp.zeros(len(first), jnp.int32), products))
 
     def update_fn(

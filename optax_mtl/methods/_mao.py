@@ -9,7 +9,7 @@ import jax
 from jax import lax, numpy as jnp
 import optax
 
-from optax_mtl import _base, _gramian, _solvers
+from optax_mtl import _base, _gramian, _shards, _solvers
 from optax_mtl._combinators import per_task
 from optax_mtl._mixing import absolute_sums, first_moments, Mix, mixer, optimiser, per_leaf, second_moments
 
@@ -197,7 +197,7 @@ def _leaf_grain(num_tasks: int, settings: tuple[_base.Scalar, ...], mu_dtype: An
         b1, b2, eps = (jnp.asarray(setting, dtype) for setting in settings)
         task_steps = state.task_steps + present.astype(jnp.int32)
         leaves, treedef = jax.tree.flatten(task_grads)
-        sizes = [max(math.prod(leaf.shape[1:]), 1) for leaf in leaves]
+        sizes = [max(math.prod(leaf.shape[1:]) * _shards.number(leaf), 1) for leaf in leaves]
         means = [_gramian.task_squared_norms(leaf).astype(dtype) / n for leaf, n in zip(leaves, sizes, strict=True)]
         squares = b2 * state.squares + (1 - b2) * jnp.stack(means, axis=1)
         squares = _base.where_present(present, squares, state.squares)
