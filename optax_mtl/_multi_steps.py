@@ -90,9 +90,7 @@ def multi_steps(
             counts=zeros,
             nonfinite_mini_steps=jnp.copy(zeros),
             losses=jnp.zeros(num_tasks, _base.accumulator_dtype(params)),
-            task_grads=jax.tree.map(
-                lambda p: jnp.zeros((num_tasks, *jnp.shape(p)), _base.accumulator_dtype(p)), params
-            ),
+            task_grads=_base.zeros_of(params, lead=(num_tasks,)),
             inner_state=tx.init(params),
         )
 
