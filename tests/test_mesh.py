@@ -49,12 +49,14 @@ def finish(processes, timeout):
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["methods.py", "oracles.py", "page.py"])
 def test_on_a_mesh_as_on_one_device(program):
     """Sharded parameters and batches, under jit and in shard_map: the same updates, and nothing large is sent."""
     finish([start(program, devices=8)], timeout=600)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
