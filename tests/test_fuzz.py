@@ -252,9 +252,10 @@ def check(case, num_tasks, name, steps):
 @pytest.fixture(scope="module", autouse=True)
 def say_how_many(request):
     yield
-    plugins = request.config.pluginmanager
-    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
-        plugins.getplugin("terminalreporter").write_line(f"\nfuzzing: {tried} cases")
+    terminal = request.config.pluginmanager.getplugin("terminalreporter")  # none in a worker of xdist
+    if terminal is not None:
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            terminal.write_line(f"\nfuzzing: {tried} cases")
 
 
 @hypothesis.given(data=st.data())
