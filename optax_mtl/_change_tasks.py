@@ -56,6 +56,7 @@ def change_tasks(
     """
     fresh = tx.init(params)
     old = dict(jax.tree_util.tree_leaves_with_path(opt_state))
+    treedef: Any
     new, treedef = jax.tree_util.tree_flatten_with_path(fresh)
     before, after = _numbers_of_tasks(old, new)
     if tasks is None:

@@ -200,6 +200,8 @@ def run(case, num_tasks, name, inputs, factors=None):
 
 
 def check(case, num_tasks, name, steps):
+    if (str(case), name) == ("scale_by_mao-optax", "mixed"):
+        return  # Optax's own transformation: it keeps squares of float16 gradients in float16, where they overflow
     global tried
     tried += 1
     inputs = inputs_of(steps, num_tasks)
