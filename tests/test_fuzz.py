@@ -43,6 +43,7 @@ LOSS_FAULTS = [np.nan, np.inf, -np.inf, 1e30, -1e30, 1e15, 0.0, -1.0, 1e-30]
 
 # What a method's documentation says, and is not put right here.
 OWN_WAYS = {
+    "edm": "gradients that are zero have no direction: without any other, weights are zero",
     "con_fig_momentum": "an absent task takes part with the moment it has",
     "hydalearn": "weights are zero if the main task is absent",
     "update_every": "where tasks come and go, weights need not sum to what they did",
