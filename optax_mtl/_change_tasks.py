@@ -56,6 +56,7 @@ def change_tasks(
     """
     fresh = tx.init(params)
     old = dict(jax.tree_util.tree_leaves_with_path(opt_state))
+    treedef: Any
     new, treedef = jax.tree_util.tree_flatten_with_path(fresh)
     before, after = _numbers_of_tasks(old, new)
     if tasks is None:
@@ -116,17 +117,15 @@ def _check_paths(old: set[Any], new: set[Any], tasks: Sequence[int | None], befo
 
 def _indices(before: int, tasks: Sequence[int | None]) -> dict[tuple[int, int], tuple[list[int], list[int]]]:
     """For an axis of tasks, or of pairs of tasks, by its lengths: what stays, and where it is from now on."""
-    pairs_before = list(itertools.combinations_with_replacement(range(before), 2))
-    pairs_after = list(itertools.combinations_with_replacement(tasks, 2))
-    number = {pair: k for k, pair in enumerate(pairs_before)}
+    number = {pair: k for k, pair in enumerate(itertools.combinations_with_replacement(range(before), 2))}
+    pairs = [sorted(t for t in pair if t is not None) for pair in itertools.combinations_with_replacement(tasks, 2)]
     tasks_stay = [(task, i) for i, task in enumerate(tasks) if task is not None]
-    pairs_stay = [(number[min(pair), max(pair)], i) for i, pair in enumerate(pairs_after) if None not in pair]
+    pairs_stay = [(number[pair[0], pair[1]], i) for i, pair in enumerate(pairs) if len(pair) == 2]
 
     def columns(entries: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
         return [entry[0] for entry in entries], [entry[1] for entry in entries]
 
-    of_pairs = {(len(pairs_before), len(pairs_after)): columns(pairs_stay)}
-    return of_pairs | {(before, len(tasks)): columns(tasks_stay)}
+    return {(len(number), len(pairs)): columns(pairs_stay), (before, len(tasks)): columns(tasks_stay)}
 
 
 def _merge(path: Any, old: Any, new: Any, along: dict[tuple[int, int], tuple[list[int], list[int]]]) -> Any:
