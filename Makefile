@@ -3,9 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOW := .venv-lowest/bin
+TPU := .venv-tpu/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test parity lint types build lowest clean
+.PHONY: help venv demo test parity lint types build lowest tpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +50,13 @@ lowest: venv  ## run the laws under the lowest declared versions
 	@$(LOW)/python .ci/check_lowest.py
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(LOW)/python -m pytest -n 2 --dist loadgroup tests/test_laws.py
 
+# In an environment of its own: wherever libtpu is installed, JAX looks for TPUs first.
+tpu: venv  ## compile every method and oracle for TPUs, on this machine
+	@echo "Installing libtpu, and the rest, into .venv-tpu ..."
+	@test -x $(TPU)/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-tpu
+	@$(BIN)/uv pip install --quiet --python $(TPU)/python --editable '.[test,tpu-aot]'
+	@JAX_PLATFORMS=cpu $(TPU)/python -m pytest -m tpu tests/test_tpu.py
+
 clean:  ## remove what the commands left behind, .venv excepted
-	@rm -rf dist .venv-lowest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf dist .venv-lowest .venv-tpu .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPENDENCIES = {"chex", "jax", "optax"}
-EXTRAS = {"dev", "experiments", "notebooks", "peers", "test"}
+EXTRAS = {"dev", "experiments", "notebooks", "peers", "test", "tpu-aot"}
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
 SDIST_FOLDERS = {"docs", "notebooks", "optax_mtl", "tests"}
 SDIST_FILES = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}

@@ -1,4 +1,4 @@
-"""The command line: `optax-mtl compare`, `leaves` and `speed`, or `python -m optax_mtl.experiments compare`."""
+"""The command line: `optax-mtl compare`, `leaves`, `speed`, `scale`; or `python -m optax_mtl.experiments compare`."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ import shutil
 import sys
 from typing import Any, NoReturn, TypeVar
 
-from optax_mtl.experiments import _speed_peers
+from optax_mtl.experiments import _speed_peers, _tpu
 from optax_mtl.experiments._registry import GROUPS, METHODS
 
 BENCHMARKS = {
@@ -45,7 +45,8 @@ examples:
 The report goes to the directory --out: report.md with findings, tables and pictures, results.json with all
 the numbers. Every method runs with its default arguments, the same optimiser and the same budget.
 """
-SPEED_SECTIONS = ("steps", "balancing", "aggregation", "solvers", "compilation")
+SCALE_WAYS = ("plain sum", "exact", "light", "feature-level")
+SPEED_SECTIONS = ("steps", "balancing", "aggregation", "solvers", "tasks", "compilation")
 WORKLOADS = ("mlp", "conv", "transformer")
 _GROUPS = {
     "all": "the library's methods, each on the whole",
@@ -95,6 +96,12 @@ def _whole(most: int) -> Callable[[str], int]:
         raise argparse.ArgumentTypeError(f"wanted a whole number from 1 to {most}, found {text!r}")
 
     return check
+
+
+def _chips(text: str) -> int:
+    if text.isdecimal() and int(text) in _tpu.TOPOLOGIES:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"wanted one of {', '.join(map(str, _tpu.TOPOLOGIES))} chips, found {text!r}")
 
 
 def _rate(text: str) -> float:
@@ -221,6 +228,39 @@ def _parser(prog: str) -> _Parser:
         help="a Python with torch and torchjd (default: this one)",
     )
     add("--out", type=pathlib.Path, metavar="DIR", help="where speed.md and speed.json go (default: nowhere)")
+    scale = commands.add_parser(
+        "scale",
+        help="memory and communication of a step of a large network on TPUs, without a TPU",
+        description="Compiles training steps of a transformer with several tasks, its parameters sharded, for TPU v5e "
+        "chips, on a machine that has none: memory on each chip, and what they send each other. A minute a program on "
+        'two cores; needs libtpu: pip install "optax-mtl[tpu-aot]".',
+    )
+    add = scale.add_argument
+    add(
+        "--chips",
+        type=_several(_chips),
+        default=[1, 16, 256],
+        metavar="N,N,...",
+        help=f"how many, of {', '.join(map(str, _tpu.TOPOLOGIES))} (default: 1,16,256)",
+    )
+    add(
+        "--ways",
+        type=_several(_one_of("way", SCALE_WAYS)),
+        default=list(SCALE_WAYS),
+        metavar="A,B,...",
+        help=f"which steps (default: {','.join(SCALE_WAYS)})",
+    )
+    for name, default, what in (
+        ("layers", 20, "layers"),
+        ("width", 2048, "numbers at a position; attention has a head for every 128"),
+        ("tasks", 8, "tasks"),
+        ("sequences", 1, "sequences on each chip"),
+        ("length", 1024, "positions in a sequence"),
+        ("vocabulary", 32_768, "different tokens"),
+        ("classes", 1024, "classes that a task tells apart"),
+    ):
+        add(f"--{name}", type=_whole(10**7), default=default, metavar="N", help=f"{what} (default: {default})")
+    add("--out", type=pathlib.Path, metavar="DIR", help="where scale.md and scale.json go (default: nowhere)")
     return parser
 
 
@@ -247,11 +287,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing:
         parser.error(f'{", ".join(missing)} not installed. Write: pip install "optax-mtl[experiments]"')
 
-    from optax_mtl.experiments import _compare, _leaves, _speed  # need the extra
+    from optax_mtl.experiments import _compare, _leaves, _scale, _speed  # need the extra
 
     as_typed = shlex.join([*prog.split(), *argv])
     if command == "leaves":
         _leaves.run(**options)
+        return
+    if command == "scale":
+        chips, ways, out = (options.pop(name) for name in ("chips", "ways", "out"))
+        try:
+            _scale.run(_scale.Sizes(**options), chips, ways, command=as_typed, out=out)
+        except _tpu.MissingError as error:
+            parser.error(str(error))
         return
     if command == "speed":
         _speed.run(**options, command=as_typed)
