@@ -126,7 +126,7 @@ def test_a_scale_for_each_task_that_comes_down_where_it_overflows():
     present = np.array(present)
     assert not present[0, 2]
     assert present[:, :2].all()
-    assert present[4:, 2].mean() >= 0.4  # from then on it overflows at most every other time, as the scale is tried
+    assert present[9:, 2].mean() >= 0.4  # from then on it overflows at most every other time, as the scale is tried
     np.testing.assert_array_equal(np.array(scales)[-1, :2], 2.0**15)
     np.testing.assert_array_equal(state.nonfinite_count[:2], 0)
     optax.tree.get(state, "nonfinite_count")

@@ -385,7 +385,7 @@ def measure_tasks(
             progress(f"{name}, T = {num_tasks}")
             tx = METHODS[name](num_tasks)
             update = jax.jit(functools.partial(tx.update, params=params, **extra_args(num_tasks)))
-            ways = {
+            ways: dict[str, Callable[[], Any]] = {
                 "solve": functools.partial(_steps_on_gramians(tx, num_tasks), gramians, tx.init(jnp.zeros(3))),
                 "whole": functools.partial(update, grads, tx.init(params)),
             }
