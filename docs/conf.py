@@ -34,6 +34,7 @@ exclude_patterns = ["_build"]
 # -- Pages ---------------------------------------------------------------------
 
 nb_execution_mode = "off"  # tests run the notebooks; here they are shown with the outputs that are stored in them
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
@@ -47,6 +48,7 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 add_module_names = False
 toc_object_entries_show_parents = "hide"
+nitpick_ignore_regex = [("py:.*", r"(?!optax_mtl\b).*")]  # others' names could be checked with a network only
 
 
 def name_of(code: str) -> str | None:
@@ -59,12 +61,7 @@ def link_names(app: Sphinx, doctree: nodes.document) -> None:
     """Makes `mgda`, in a page or a docstring, a link to where mgda is described."""
     for code in list(doctree.findall(nodes.literal)):
         name = name_of(code.astext())
-        ancestors, node = [], code.parent
-        while node is not None:
-            ancestors.append(node)
-            node = node.parent
-        taken = (nodes.reference, nodes.title, addnodes.pending_xref, addnodes.desc_signature)
-        if name is None or any(isinstance(ancestor, taken) for ancestor in ancestors):
+        if name is None or isinstance(code.parent, (nodes.reference, nodes.title, addnodes.pending_xref)):
             continue
         link = addnodes.pending_xref(
             "",
@@ -75,7 +72,7 @@ def link_names(app: Sphinx, doctree: nodes.document) -> None:
             refexplicit=True,
             refwarn=True,
         )
-        code.replace_self(link)
+        code.parent.replace(code, link)
         link += code
 
 

@@ -43,7 +43,7 @@ def test_the_blocks_about_reliability_run():
     assert optax.tree.get(namespace["opt_state"], "task_weights").shape == (3,)
 
 
-@pytest.mark.parametrize("page", ["concepts", "getting_started", "migrating", "recipes"])
+@pytest.mark.parametrize("page", ["index", "concepts", "getting_started", "migrating", "recipes"])
 def test_the_blocks_of_a_page_run(page):
     path = SPEED.with_name(f"{page}.md")
     text = path.read_text()
