@@ -67,8 +67,8 @@ docs: venv  ## build the site into docs/_build, warnings being errors
 	@test -x $(DOCS)/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-docs
 	@$(BIN)/uv pip install --quiet --python $(DOCS)/python --editable '.[docs]'
 	@rm -rf docs/_build docs/notebooks
-	@JAX_PLATFORMS=cpu $(DOCS)/sphinx-build --builder html --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
-	@echo "Open docs/_build/index.html"
+	@JAX_PLATFORMS=cpu $(DOCS)/sphinx-build --builder html --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
 
 clean:  ## remove what the commands left behind, .venv excepted
 	@rm -rf dist docs/_build docs/notebooks .venv-lowest .venv-tpu .venv-docs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """Sphinx: `make docs` builds the site from these pages and the docstrings, with every warning an error."""
 
 from pathlib import Path
+import re
 import shutil
 from typing import Any
 
@@ -52,13 +53,13 @@ nitpick_ignore_regex = [("py:.*", r"(?!optax_mtl\b).*")]  # others' names could 
 
 
 def name_of(code: str) -> str | None:
-    """The public name that a piece of code is, if it is one and nothing else."""
-    name = code.removeprefix("mtl.").removeprefix("optax_mtl.")
-    return name if name in NAMES else None
+    """The public name that a piece of code is, or calls, if it is nothing else."""
+    match = re.fullmatch(r"(?:(?:mtl|optax_mtl)\.)?(\w+)(?:\(.*\))?", code, flags=re.DOTALL)
+    return match[1] if match and match[1] in NAMES else None
 
 
 def link_names(app: Sphinx, doctree: nodes.document) -> None:
-    """Makes `mgda`, in a page or a docstring, a link to where mgda is described."""
+    """Makes `mgda`, or `mgda(num_tasks=2)`, in a page or a docstring, a link to where mgda is described."""
     for code in list(doctree.findall(nodes.literal)):
         name = name_of(code.astext())
         if name is None or isinstance(code.parent, (nodes.reference, nodes.title, addnodes.pending_xref)):
