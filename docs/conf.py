@@ -36,6 +36,7 @@ exclude_patterns = ["_build"]
 
 nb_execution_mode = "off"  # tests run the notebooks; here they are shown with the outputs that are stored in them
 myst_enable_extensions = ["dollarmath"]
+highlight_language = "none"  # unless a block says what it is in
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
@@ -87,5 +88,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 html_theme = "furo"
 html_title = f"optax_mtl {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
