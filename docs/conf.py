@@ -46,6 +46,7 @@ default_role = "literal"  # `x` is code, as in a terminal and in Markdown
 autodoc_typehints = "none"  # docstrings tell shapes and types; in signatures they hide the arguments
 autosummary_generate = False  # a page a name would be 150 pages of one paragraph
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 add_module_names = False
