@@ -16,7 +16,6 @@ import numpy as np
 import tqdm
 
 import optax_mtl as mtl
-from optax_mtl import _xla
 from optax_mtl.experiments import _report, _speed_alone, _speed_peers, _timing, _workloads
 
 PLAIN = "plain step"
@@ -564,7 +563,6 @@ def run(
       SystemExit: if what is in `out` was measured elsewhere, or with other versions.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is to have its part of the GPU
-    _xla.set_flag()
     start = time.perf_counter()
     sections = sections or ([STEPS, *SECTIONS] if full else [STEPS])
     cases = plan(full, **choice) if STEPS in sections else []
