@@ -10,7 +10,7 @@ from jax import lax, numpy as jnp
 import numpy as np
 import optax
 
-from optax_mtl import _base, _gramian
+from optax_mtl import _base, _deferred, _gramian
 
 # rule(gramian, method_state, *, present, losses, params, task_grads, metric, **extra_args) -> (weights, method_state)
 Rule = Callable[..., tuple[jax.Array, Any]]
@@ -133,10 +133,13 @@ def weighting(
         narrowed = any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(updates))
         if needs_norms or narrowed or isinstance(updates, _gramian.Gramian):
             return balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))
-        combined = balance(jnp.eye(num_tasks, dtype=_base.accumulator_dtype(updates)))
-        finite = jnp.isfinite(_gramian.task_squared_norms(jax.tree.map(lambda update: update[None], combined[0])))[0]
+        combined, after = balance(jnp.eye(num_tasks, dtype=_base.accumulator_dtype(updates)))
+        finite = jnp.isfinite(_gramian.task_squared_norms(jax.tree.map(lambda update: update[None], combined)))[0]
+        # Of a task of weight zero the sum does not tell; where gradients are there, it costs little to look.
+        if not _deferred.is_deferred(updates):
+            finite &= jnp.all((after.task_weights != 0) | ~after.task_present)
         return lax.cond(
-            finite, lambda: combined, lambda: balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))
+            finite, lambda: (combined, after), lambda: balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))
         )
 
     return as_weighting(init_fn, update_fn, needs_gradients=needs_gradients)

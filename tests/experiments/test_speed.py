@@ -1,6 +1,5 @@
 import functools
 import json
-import os
 import pathlib
 import sys
 
@@ -11,13 +10,6 @@ import pytest
 
 import optax_mtl as mtl
 from optax_mtl.experiments import __main__ as command_line, _speed, _speed_peers, _timing, _workloads
-
-
-@pytest.fixture(autouse=True)
-def _same_flags(monkeypatch):
-    """The command sets a flag, which XLA has read long ago here: other tests are not to take it for set."""
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-
 
 SIZES = {
     "mlp": {"inputs": 5, "widths": (6, 4), "batch": 3},
