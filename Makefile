@@ -4,9 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOW := .venv-lowest/bin
 TPU := .venv-tpu/bin
+DOCS := .venv-docs/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz parity lint types build lowest tpu clean
+.PHONY: help venv demo test fuzz parity lint types build lowest tpu docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +61,15 @@ tpu: venv  ## compile every method and oracle for TPUs, on this machine
 	@$(BIN)/uv pip install --quiet --python $(TPU)/python --editable '.[test,tpu-aot]'
 	@JAX_PLATFORMS=cpu $(TPU)/python -m pytest -m tpu tests/test_tpu.py
 
+# In an environment of its own, which holds the package, Sphinx and no test's needs.
+docs: venv  ## build the site into docs/_build, warnings being errors
+	@echo "Installing Sphinx, and the package, into .venv-docs ..."
+	@test -x $(DOCS)/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-docs
+	@$(BIN)/uv pip install --quiet --python $(DOCS)/python --editable '.[docs]'
+	@rm -rf docs/_build docs/notebooks
+	@JAX_PLATFORMS=cpu $(DOCS)/sphinx-build --builder html --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
 clean:  ## remove what the commands left behind, .venv excepted
-	@rm -rf dist .venv-lowest .venv-tpu .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf dist docs/_build docs/notebooks .venv-lowest .venv-tpu .venv-docs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

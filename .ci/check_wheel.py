@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPENDENCIES = {"chex", "jax", "optax"}
-EXTRAS = {"dev", "experiments", "notebooks", "peers", "test", "tpu-aot"}
+EXTRAS = {"dev", "docs", "experiments", "notebooks", "peers", "test", "tpu-aot"}
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
 SDIST_FOLDERS = {"docs", "notebooks", "optax_mtl", "tests"}
 SDIST_FILES = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}
@@ -39,7 +39,7 @@ def sources(*folders: str) -> set[str]:
     if listed.returncode == 0:
         return set(listed.stdout.split("\0")) - {""}
     files = {p.relative_to(ROOT).as_posix() for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()}
-    return {name for name in files if not re.search(r"__pycache__|\.py[cod]$|_cache/", name)}
+    return {name for name in files if not re.search(r"__pycache__|\.py[cod]$|_cache/|^docs/(_build|notebooks)/", name)}
 
 
 def check_metadata(metadata: Message) -> None:

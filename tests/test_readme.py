@@ -1,8 +1,9 @@
-"""Every Python block of the README runs, in order, in one namespace."""
+"""Every Python block of the README and of the site's pages runs, in order, a page in one namespace."""
 
 import pathlib
 import re
 
+from jax import numpy as jnp
 import optax
 import pytest
 
@@ -40,6 +41,26 @@ def test_the_blocks_about_reliability_run():
         for block in re.findall(r"```python\n(.*?)```", RELIABILITY.read_text(), flags=re.DOTALL):
             exec(compile(block, str(RELIABILITY), "exec"), namespace)
     assert optax.tree.get(namespace["opt_state"], "task_weights").shape == (3,)
+
+
+@pytest.mark.parametrize("page", ["index", "concepts", "getting_started", "migrating", "recipes"])
+def test_the_blocks_of_a_page_run(page):
+    path = SPEED.with_name(f"{page}.md")
+    text = path.read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    namespace = {}
+    with problems.relaxed_promotion():
+        for block in blocks:
+            exec(compile(block, str(path), "exec"), namespace)
+    if "losses" in namespace:
+        assert jnp.all(jnp.isfinite(namespace["losses"]))
+
+
+@pytest.mark.peers
+def test_the_block_of_torchjd_runs():
+    pytest.importorskip("torchjd", reason="pip install '.[peers]'")
+    theirs, _ = re.findall(r"```py\n(.*?)```", SPEED.with_name("migrating.md").read_text(), flags=re.DOTALL)
+    exec(compile(theirs, "migrating.md", "exec"), {})
 
 
 def test_make_has_the_commands_it_names():
