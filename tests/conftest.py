@@ -21,6 +21,8 @@ if jax.__version_info__ < (0, 11):
     _FAST = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST}".strip()
 
+collect_ignore = ["mesh"]  # programs for processes of their own: to look for doctests in them would be to run them
+
 # These compile much and compute little, about maths that does not depend on it: XLA need not optimise. (All others, of
 # the solvers, of each method by itself and of what is counted, run what users run.)
 _COMPILE_FAST = (
