@@ -54,6 +54,10 @@ def mean_tasks(num_tasks: int) -> optax.GradientTransformationExtraArgs:
     return _weighting.weighting("mean_tasks", num_tasks, equal, needs_norms=False)
 
 
+def _is_accumulator(node: Any) -> bool:
+    return isinstance(node, optax.MultiStepsState)
+
+
 def per_task(inner: optax.GradientTransformation, num_tasks: int) -> optax.GradientTransformationExtraArgs:
     """Runs a transformation on each task's own gradient, state and all.
 
@@ -87,8 +91,7 @@ def per_task(inner: optax.GradientTransformation, num_tasks: int) -> optax.Gradi
 
     def init_fn(params: _base.Params) -> Any:
         state = inner.init(params)
-        is_accumulator = lambda node: isinstance(node, optax.MultiStepsState)  # noqa: E731
-        if any(map(is_accumulator, jax.tree.leaves(state, is_leaf=is_accumulator))):
+        if any(map(_is_accumulator, jax.tree.leaves(state, is_leaf=_is_accumulator))):
             raise ValueError(
                 "per_task: optax.MultiSteps returns zeros between its steps, and these would be balanced. To "
                 "accumulate the tasks' gradients, wrap the whole chain: optax_mtl.multi_steps(chain, num_tasks, every)."
