@@ -7,7 +7,7 @@ TPU := .venv-tpu/bin
 DOCS := .venv-docs/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz parity lint types build lowest tpu docs clean
+.PHONY: help venv demo test evidence fuzz parity lint types build lowest tpu docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: venv  ## train a network on real data with many methods; a table, pictures
 
 test: venv  ## run the tests, the docstrings' examples and the notebooks
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+evidence: venv  ## put the papers' claims to the test: the pages, figures and CSV files in docs/evidence; goes on if interrupted
+	@$(BIN)/python -m optax_mtl.experiments experiment all --out docs/evidence $(ARGS)
 
 fuzz: venv  ## try every method on random gradients, masks and faults; ARGS="-k mgda --hypothesis-seed=1"
 	@$(BIN)/python -m pytest -m fuzz tests/test_fuzz.py --hypothesis-profile=fuzz $(ARGS)

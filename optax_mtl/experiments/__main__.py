@@ -1,7 +1,7 @@
-"""The command line: `optax-mtl compare`, `leaves`, `speed`, `scale`; or `python -m optax_mtl.experiments compare`."""
+"""The command line: `optax-mtl compare`, `experiment`, `speed`, ...; or `python -m optax_mtl.experiments compare`."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 import difflib
 import importlib.util
@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from optax_mtl.experiments import _speed_peers, _tpu
 from optax_mtl.experiments._registry import GROUPS, METHODS
+from optax_mtl.experiments.evidence import EXPERIMENTS
 
 BENCHMARKS = {
     "multidigits": "two overlapping handwritten digits: left digit, right digit, parity of their sum",
@@ -52,7 +53,7 @@ _GROUPS = {
     "all": "the library's methods, each on the whole",
     "grain": "four of them on the whole, by layer and by leaf, two around Adam, and equal weighting and mao",
 }
-_EXTRAS = ("flax", "matplotlib", "sklearn", "tqdm")  # what pip's extra `experiments` brings
+_EXTRAS = ("flax", "matplotlib", "skimage", "sklearn", "tqdm")  # what pip's extra `experiments` brings
 
 _T = TypeVar("_T")
 
@@ -117,6 +118,10 @@ def _interpreter(text: str) -> str:
     return text
 
 
+def _listed(entries: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name:18}{what}" for name, what in entries.items())
+
+
 def _parser(prog: str) -> _Parser:
     parser = _Parser(prog=prog, description="Experiments with optax_mtl's methods.")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_Parser)
@@ -166,6 +171,31 @@ def _parser(prog: str) -> _Parser:
         help="where the report goes (default: optax-mtl-report)",
     )
     add("--list", action="store_true", help="list methods and benchmarks, and stop")
+    experiment = commands.add_parser(
+        "experiment",
+        help="put the claims of the papers to the test",
+        description="Experiments, each on a claim:\n\n" + _listed(EXPERIMENTS),
+        epilog="Pages, pictures and CSV files go to --out; what is interrupted goes on when called again.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = experiment.add_argument
+    add(
+        "names",
+        type=_several(_one_of("experiment", ["all", *EXPERIMENTS])),
+        metavar="NAME,NAME,...",
+        help=f"{', '.join(EXPERIMENTS)} or all",
+    )
+    add("--seeds", type=_whole(10_000), metavar="N", help="how many (default: the experiment's own, ten or more)")
+    add("--steps", type=_whole(1_000_000), metavar="N", help="of training (default: the experiment's own)")
+    add("--quick", action="store_true", help="a few seeds and steps, to see that it works")
+    add("--fresh", action="store_true", help="forget what is kept in --out of earlier runs")
+    add(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("optax-mtl-evidence"),
+        metavar="DIR",
+        help="where pages and runs go (default: optax-mtl-evidence)",
+    )
     leaves = commands.add_parser(
         "leaves",
         help="time a weighting for every leaf against the number of leaves",
@@ -289,10 +319,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f'{", ".join(missing)} not installed. Write: pip install "optax-mtl[experiments]"')
 
     from optax_mtl.experiments import _compare, _leaves, _scale, _speed  # need the extra
+    from optax_mtl.experiments.evidence import _runner
 
     as_typed = shlex.join([*prog.split(), *argv])
     if command == "leaves":
         _leaves.run(**options)
+        return
+    if command == "experiment":
+        names = options.pop("names")
+        try:
+            _runner.run(list(EXPERIMENTS) if "all" in names else names, command=as_typed, **options)
+        except _runner.OtherRunsError as error:
+            parser.error(str(error))
         return
     if command == "scale":
         chips, ways, out = (options.pop(name) for name in ("chips", "ways", "out"))

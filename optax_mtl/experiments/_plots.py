@@ -10,6 +10,7 @@ import numpy as np
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 TASK_COLORS = ("#0072B2", "#E69F00", "#009E73")
 PAIR_COLORS = ("#444444", "#56B4E9", "#D55E00")
+LINE_COLORS = ("#444444", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#999999")
 _GREY = "#888888"
 
 
@@ -63,7 +64,7 @@ def panels(
                 ax.plot(steps, reference[:, k], color=color, linewidth=0.9, linestyle=(0, (4, 2)))
         ax.set_title(method, fontsize=10)
         ax.set_ylim(*limits)
-        _plain(ax)
+        plain(ax)
     cells[0].set_xlim(0, steps[-1])
     handles, labels = cells[0].get_legend_handles_labels()
     if reference is not None:
@@ -107,7 +108,7 @@ def bars(values: Mapping[str, np.ndarray], baseline: str, *, title: str, label: 
         ax.axvline(values[baseline].mean(), color="black", linewidth=0.9, linestyle=(0, (4, 2)))
     ax.set_yticks(range(len(ordered)), [method for method, _ in ordered])
     ax.set_xlabel(label)
-    _plain(ax)
+    plain(ax)
     ax.grid(visible=False, axis="y")
     return fig
 
@@ -209,11 +210,21 @@ def shares_over_time(
     ax.set_ylim(0, 100)
     ax.set_xlabel("epoch")
     ax.yaxis.set_major_formatter(ticker.PercentFormatter(decimals=0))
-    _plain(ax)
+    plain(ax)
     return fig
 
 
-def _plain(ax: axes.Axes) -> None:
+def curve(ax: axes.Axes, x: np.ndarray, values: np.ndarray, *, color: str, label: str, linestyle: str = "-") -> None:
+    """The mean over seeds of `(S, len(x))`, and a band of one standard error."""
+    mean = values.mean(axis=0)
+    ax.plot(x, mean, color=color, linewidth=1.6, linestyle=linestyle, label=label)
+    if len(values) > 1:
+        error = values.std(axis=0, ddof=1) / math.sqrt(len(values))
+        ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+
+
+def plain(ax: axes.Axes) -> None:
+    """Takes away what is not needed to read a picture."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(visible=True, color="#DDDDDD", linewidth=0.6)
     ax.set_axisbelow(True)

@@ -77,13 +77,13 @@ class Section:
     data: dict[str, Any]
     details: Sequence[tuple[Table, str]] = ()
 
-    def markdown(self) -> str:
-        """For the report."""
-        parts = [f"## {self.title}", self.introduction]
-        parts += ["### What was found", bullets(self.findings), self.table.markdown(), self.legend]
+    def markdown(self, level: int = 2) -> str:
+        """For the report, its title a heading of that level."""
+        parts = [f"{'#' * level} {self.title}", self.introduction]
+        parts += [f"{'#' * level}# What was found", bullets(self.findings), self.table.markdown(), self.legend]
         parts += [f"{table.markdown()}\n\n{legend}" for table, legend in self.details]
         parts += [f"![{p.caption}]({p.name})\n\n*{p.caption}*" for p in self.pictures]
-        parts += ["### Protocol", bullets(self.protocol)]
+        parts += [f"{'#' * level}# Protocol", bullets(self.protocol)]
         return "\n\n".join(parts)
 
     def text(self) -> str:
