@@ -55,6 +55,11 @@ def run(
     print(f"\nPages, pictures and CSV files: {out}")
 
 
+def file_name(cell: _study.Cell) -> str:
+    """Where the runner keeps what a cell has found."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", cell.name).strip("-") + ".npz"
+
+
 def _stamp(config: Any) -> dict[str, Any]:
     """What runs have to agree in to stand in one table."""
     return {"config": json.loads(json.dumps(dataclasses.asdict(config), default=str)), "versions": _report.versions()}
@@ -81,7 +86,7 @@ def _results(
     with tqdm.tqdm(total=sum(c.ticks for c in cells), bar_format=_BAR, disable=None, leave=False) as bar:
         for cell in cells:
             bar.set_description_str(cell.name[:44])
-            path = store / f"{re.sub(r'[^A-Za-z0-9]+', '-', cell.name).strip('-')}.npz"
+            path = store / file_name(cell)
             if path.exists():
                 bar.update(cell.ticks)
             else:
