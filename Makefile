@@ -7,7 +7,7 @@ TPU := .venv-tpu/bin
 DOCS := .venv-docs/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test evidence fuzz parity lint types build lowest tpu docs clean
+.PHONY: help venv demo test evidence fuzz parity lint types build lowest tpu docs links clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ docs: venv  ## build the site into docs/_build, warnings being errors
 	@rm -rf docs/_build docs/notebooks
 	@JAX_PLATFORMS=cpu $(DOCS)/sphinx-build --builder html --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
+
+links: docs  ## try every link of the site; needs a network
+	@$(DOCS)/sphinx-build --builder linkcheck --quiet docs docs/_build/links
 
 clean:  ## remove what the commands left behind, .venv excepted
 	@rm -rf dist docs/_build docs/notebooks .venv-lowest .venv-tpu .venv-docs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -30,7 +30,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx-mathjax-offline",  # formulas are drawn without a network
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "evidence/runs", "evidence/verdicts.md"]  # the last is part of other pages
 
 # -- Pages ---------------------------------------------------------------------
 
@@ -39,6 +39,9 @@ myst_enable_extensions = ["dollarmath"]
 highlight_language = "none"  # unless a block says what it is in
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
+
+linkcheck_anchors = False  # forges make theirs with scripts
+linkcheck_timeout = 20
 
 # -- Docstrings ----------------------------------------------------------------
 

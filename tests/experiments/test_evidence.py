@@ -1,5 +1,7 @@
 import csv
 import dataclasses
+import pathlib
+import re
 import types
 
 import jax
@@ -9,6 +11,8 @@ import pytest
 
 from optax_mtl.experiments import __main__ as command_line, _report, evidence
 from optax_mtl.experiments.evidence import _runner, _study
+
+SHOWN = pathlib.Path(__file__).parent.parent.parent / "docs" / "evidence"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,3 +134,19 @@ def test_every_experiment_runs(name, tmp_path, promotion):
     assert "## What was found\n\n- " in page
     assert "nan" not in page.lower().split()
     assert (tmp_path / "verdicts.md").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("name", evidence.EXPERIMENTS)
+def test_what_every_experiment_has_found_is_in_the_repository(name):
+    page = (SHOWN / f"{name}.md").read_text()
+    assert "experiment all --out docs/evidence" in page
+    for picture in re.findall(r"\]\(([\w-]+\.png)\)", page):
+        assert (SHOWN / picture).stat().st_size < 400_000
+    with (SHOWN / f"{name}.csv").open(newline="") as file:
+        assert file.seek(0, 2) < 300_000, "a small CSV, please"
+        file.seek(0)
+        rows = list(csv.DictReader(file))
+    config = evidence.module(name).Config()
+    if hasattr(config, "seeds"):
+        assert len({row["seed"] for row in rows}) == config.seeds >= 10
+    assert f"[{name}]({name}.md)" in (SHOWN / "verdicts.md").read_text()
