@@ -14,6 +14,7 @@ from optax_mtl import _base, _deferred, _gramian
 
 # rule(gramian, method_state, *, present, losses, params, task_grads, metric, **extra_args) -> (weights, method_state)
 Rule = Callable[..., tuple[jax.Array, Any]]
+_FEW = 4  # tasks, whose gradients are sooner read twice than their sum is copied once
 
 
 class Weighting(optax.GradientTransformationExtraArgs):
@@ -131,7 +132,9 @@ def weighting(
             return balance(_gramian.task_gramian(updates, metric))
         # In float16 the sum is kept within range: from it, one cannot tell whether all was finite.
         narrowed = any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(updates))
-        if needs_norms or narrowed or isinstance(updates, _gramian.Gramian):
+        # The condition below costs a copy of the sum, which is more than reading a few tasks' gradients twice.
+        few = num_tasks <= _FEW and not _deferred.is_deferred(updates)
+        if needs_norms or narrowed or few or isinstance(updates, _gramian.Gramian):
             return balance(jnp.diag(_gramian.task_squared_norms(updates, metric)))
         combined, after = balance(jnp.eye(num_tasks, dtype=_base.accumulator_dtype(updates)))
         finite = jnp.isfinite(_gramian.task_squared_norms(jax.tree.map(lambda update: update[None], combined)))[0]

@@ -98,6 +98,23 @@ def test_a_tenth_of_the_tasks_not_finite():
     np.testing.assert_allclose(update, expected, atol=1e-4 * np.linalg.norm(expected))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])  # the square of the last is not finite
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_sums_of_more_than_a_few_tasks_look_at_them_only_if_the_sum_is_not_finite(weight, bad):
+    """And then, or where a task has no weight and the sum cannot tell, set aside who is to blame."""
+    num_tasks = 6
+    matrix = gradients(num_tasks)
+    weights = np.ones(num_tasks, np.float32)
+    weights[2] = weight
+    tx = mtl.linear_scalarization(num_tasks, weights=weights)
+    broken = matrix.copy()
+    broken[2] = bad
+    update, found = step(tx, broken)
+    np.testing.assert_allclose(update, np.delete(matrix, 2, axis=0).sum(axis=0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found, np.arange(num_tasks) != 2)
+    np.testing.assert_allclose(step(tx, matrix)[0], weights @ matrix, rtol=1e-5, atol=1e-5)
+
+
 def test_the_light_oracle_gives_the_same_step():
     """Deep and scanned, of many heads in one array."""
     num_tasks = 128
