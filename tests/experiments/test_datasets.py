@@ -367,8 +367,8 @@ def test_a_truncated_file_of_news_is_refused_or_ends_with_a_row(news):
     ends = {k + 1 for k, byte in enumerate(whole) if byte == ord("\n")}
     for size in range(len(whole)):
         (news / "train.csv").write_bytes(whole[:size])
-        if size in ends or size + 1 in ends:
-            assert len(ag_news.load(news, checksums=False).train.topics) == sum(end <= size + 1 for end in ends)
+        if size in ends:
+            assert len(ag_news.load(news, checksums=False).train.topics) == sum(end <= size for end in ends)
         else:
             assert str(news / "train.csv") in refused(ag_news.load, news, checksums=False)
 
@@ -405,7 +405,7 @@ def test_words_are_numbers_the_same_everywhere():
     assert ids.dtype == np.int32
     assert ids.tolist() == [[21, 21, 76], [0, 0, 0], [8, 0, 0]]
     assert ag_news.word_ids(["the Reuters gold"], length=3, size=100, without=["reuters", "the"]).tolist() == [
-        [55, 0, 0]
+        [21, 0, 0]
     ]
     many = ag_news.word_ids([" ".join(f"w{k}" for k in range(500))], length=500, size=7)
     assert set(many.ravel().tolist()) == set(range(1, 7))

@@ -92,8 +92,8 @@ def _rows(content: bytes, where: pathlib.Path) -> Split:
             f"{where} is truncated, or not the published file, after row {len(topics):,} ({error}): wanted rows of "
             "topic, title and description; fetch it again"
         ) from error
-    if not topics:
-        raise DataError(f"{where} is empty: fetch it again")
+    if not content.endswith(b"\n"):  # else a text cut off at a double quote would look whole
+        raise DataError(f"{where} is {'truncated: its last row does not end' if topics else 'empty'}; fetch it again")
     _common.check_labels(where, np.array(topics), len(TOPICS) + 1, lowest=1)
     return Split(np.array(topics, np.int32) - 1, titles, descriptions)
 
