@@ -282,6 +282,11 @@ def test_damaged_archives_are_named(tmp_path):
     del files["test.bin"]
     write_archive(tmp_path, form, files)
     assert f"{path} has no {form}/test.bin" in refused(cifar100.load, tmp_path, checksums=False)
+    link = tarfile.TarInfo(f"{form}/test.bin")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(link)
+    assert f"{path} has no {form}/train.bin" in refused(cifar100.load, tmp_path, checksums=False)
 
 
 def test_an_empty_folder_says_what_it_must_hold(tmp_path):
@@ -709,21 +714,21 @@ def test_descriptions_count_what_is_there(tmp_path, news, small_nyuv2):
     said = datasets.describe("cifar100", tmp_path, checksums=False)
     assert said.startswith(f"cifar100 in {tmp_path}\n")
     assert "train: 7 photographs (32, 32, 3) uint8" in said
-    assert "fine: 100 classes, from 0 examples" in said
+    assert "fine, 100 classes: from 0 examples (of fine_" in said
     counts = np.bincount(CIFAR["test"][b"coarse_labels"], minlength=20)
-    assert ", ".join(f"coarse_{k} {count}" for k, count in enumerate(counts)) in said
+    assert ", ".join(f"coarse_{k}: {count}" for k, count in enumerate(counts)) in said
     write_mnist(tmp_path, packed=False)
     said = datasets.describe("multimnist", tmp_path, checksums=False)
     assert "train: 12 canvases (28, 28) uint8" in said
-    assert ", ".join(f"{k} {count}" for k, count in enumerate(np.bincount(DIGIT_LABELS["t10k"], minlength=10))) in said
+    assert ", ".join(f"{k}: {count}" for k, count in enumerate(np.bincount(DIGIT_LABELS["t10k"], minlength=10))) in said
     said = datasets.describe("ag_news", news, checksums=False)
-    assert "topic: 4 classes, World 1, Sports 2, Business 1, Sci/Tech 1" in said
-    assert "none named 2, Reuters 1, AP 1, AFP 1" in said
+    assert "topic, 4 classes: World: 1, Sports: 2, Business: 1, Sci/Tech: 1" in said
+    assert "none named: 2, Reuters: 1, AP: 1, AFP: 1" in said
     said = datasets.describe("nyuv2", small_nyuv2, checksums=False)
     batch = nyuv2.load(small_nyuv2, checksums=False).train[:]
     assert "train: 3 images (288, 384, 3)" in said
     assert f"{np.mean(batch.labels == -1):.1%} of the pixels void" in said
-    assert f"class 12 {np.mean(batch.labels == 12):.1%}" in said
+    assert f"class 12: {np.mean(batch.labels == 12):.1%}" in said
     assert f"{np.mean(batch.depth == 0):.1%} of the pixels not known" in said
     assert f"normals: {9 / 288:.1%} of the pixels not known" in said
     write_dense(tmp_path / "city", (128, 256), 7, {"train": 2, "val": 1}, normals=False)
@@ -734,7 +739,7 @@ def test_descriptions_count_what_is_there(tmp_path, news, small_nyuv2):
 
 
 def test_classes_of_equal_size_are_said_so():
-    assert _common.counted("a", "xy", np.array([0, 1, 1, 0])).endswith("2 classes, 2 examples each")
+    assert _common.counted("a", "xy", np.array([0, 1, 1, 0])).endswith("2 classes: 2 examples of each")
 
 
 def test_files_are_written_as_the_csv_module_reads_them():

@@ -129,9 +129,9 @@ def counted(task: str, names: Sequence[str], labels: np.ndarray) -> str:
     counts = np.bincount(labels, minlength=len(names))
     fewest, most = int(counts.argmin()), int(counts.argmax())
     if counts[fewest] == counts[most]:
-        found = f"{counts[0]:,} examples each"
+        found = f"{counts[0]:,} examples of each"
     elif len(names) <= 20:
-        found = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+        found = ", ".join(f"{name}: {count:,}" for name, count in zip(names, counts, strict=True))
     else:
-        found = f"from {counts[fewest]:,} examples ({names[fewest]}) to {counts[most]:,} ({names[most]})"
-    return f"  {task}: {len(names)} classes, {found}"
+        found = f"from {counts[fewest]:,} examples (of {names[fewest]}) to {counts[most]:,} (of {names[most]})"
+    return f"  {task}, {len(names)} classes: {found}"

@@ -77,7 +77,8 @@ class Split:
         if chosen.ndim > 1 or not chosen.size:
             raise IndexError(f"wanted one number, or some in a row, found an index that gives shape {chosen.shape}")
         examples = [self._example(int(number)) for number in chosen]
-        return Batch(*(None if part[0] is None else np.stack(part) for part in zip(*examples, strict=True)))
+        parts = zip(*examples, strict=True)
+        return Batch._make(None if part[0] is None else np.stack(part) for part in parts)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All examples in order, `size` at a time; the last batch may be smaller."""
@@ -146,12 +147,12 @@ def splits(
     classes: int,
     layout: str,
     numbers: dict[str, int] | None,
-) -> list[Split]:
+) -> tuple[Split, Split]:
     """The splits train and val; `numbers` says how many examples they must have."""
     found = {name: Split(folder / name, parts, sizes, classes, layout) for name in ("train", "val")}
     for name, number in (numbers or {}).items():
         _common.check_number(folder / name, len(found[name]), number)
-    return list(found.values())
+    return found["train"], found["val"]
 
 
 def describe(train: Split, val: Split, classes: int) -> list[str]:
@@ -171,8 +172,8 @@ def describe(train: Split, val: Split, classes: int) -> list[str]:
         void, *shares = counts / pixels
         lines += [
             f"{name}: {len(split):,} images {(*split.size, 3)}",
-            f"  labels: {classes} classes, {void:.1%} of the pixels void; of all pixels, "
-            + ", ".join(f"class {k} {share:.1%}" for k, share in enumerate(shares)),
+            f"  labels, {classes} classes: {void:.1%} of the pixels void, "
+            + ", ".join(f"class {k}: {share:.1%}" for k, share in enumerate(shares)),
             f"  depth: up to {deepest:.4g}, {unknown['depth'] / pixels:.1%} of the pixels not known",
         ]
         if batch.normals is not None:

@@ -51,6 +51,7 @@ def read(content: bytes, where: object) -> dict[bytes, Any]:
 def _followed(content: bytes, where: object) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    argument: Any  # of whatever type the opcode has
 
     def since_mark() -> list[Any]:
         start = len(stack) - 1 - stack[::-1].index(_MARK)
