@@ -405,6 +405,7 @@ def test_checksums_and_numbers_of_news(news, monkeypatch):
 
 def test_words_are_numbers_the_same_everywhere():
     assert " ".join(ag_news.words(NEWS[0][2])) == "reuters short sellers wall street s dwindling band of cynics"
+    assert ag_news.words("R amp;D costs \\$12 million\\posted;") == ["r", "d", "costs", "12", "million", "posted"]
     assert ag_news.words("It #39;s &lt;b&gt;BIG&lt;/b&gt; &amp; quot;new quot;") == ["it", "s", "big", "new"]
     ids = ag_news.word_ids(["Gold, gold and silver", "", "silver"], length=3, size=100)
     assert ids.dtype == np.int32

@@ -2,7 +2,8 @@ r"""AG News: titles and first sentences of news on four topics.
 
 X. Zhang, J. Zhao, Y. LeCun, "Character-level convolutional networks for text classification", NeurIPS 2015, from
 A. Gulli's corpus of news articles. A row of `train.csv` and `test.csv` is the topic's number from 1 to 4, the title and
-the description, in double quotes, with a double quote inside written twice; a backslash stands where a line ended.
+the description, in double quotes, with a double quote inside written twice; a backslash stands where a line ended,
+and before a dollar sign.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ MD5 = {  # as torchtext checks them
 }
 _LAYOUT = "put train.csv and test.csv of ag_news_csv.tar.gz (Zhang, Zhao and LeCun, 2015) into the folder"
 _NAMED = re.compile(r"\((Reuters|AP|AFP)\)|^(Reuters|AP|AFP) - ")
-_NOT_WORDS = re.compile(r"&lt;.*?&gt;|&\w+;|#\d+;|\bquot;")  # tags and characters by name, as left by web pages
+_NOT_WORDS = re.compile(r"&lt;.*?&gt;|&\w+;|#\d+;|\b(?:amp|quot);")  # tags and characters by name, left by web pages
 _WORD = re.compile(r"[a-z0-9]+")
 
 
