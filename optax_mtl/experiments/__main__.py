@@ -13,7 +13,7 @@ import shutil
 import sys
 from typing import Any, NoReturn, TypeVar
 
-from optax_mtl.experiments import _speed_peers, _tpu
+from optax_mtl.experiments import _speed_peers, _tpu, datasets
 from optax_mtl.experiments._registry import GROUPS, METHODS
 from optax_mtl.experiments.evidence import EXPERIMENTS
 
@@ -292,6 +292,26 @@ def _parser(prog: str) -> _Parser:
     ):
         add(f"--{name}", type=_whole(10**7), default=default, metavar="N", help=f"{what} (default: {default})")
     add("--out", type=pathlib.Path, metavar="DIR", help="where scale.md and scale.json go (default: nowhere)")
+    data = commands.add_parser(
+        "data",
+        help="check and describe a data set of the papers, in a folder of yours",
+        description="Reads a published data set from files that you have fetched, checks that they are whole, and says "
+        "what is there. Nothing is downloaded; if files are missing, it says which, and where one gets them.",
+    )
+    add = data.add_argument
+    add(
+        "name",
+        type=_one_of("data set", datasets.DATASETS),
+        metavar="NAME",
+        help=f"{', '.join(datasets.DATASETS)}",
+    )
+    add("folder", type=pathlib.Path, metavar="FOLDER", help="where its files are")
+    add(
+        "--no-checksums",
+        dest="checksums",
+        action="store_false",
+        help="do without checksums and numbers of examples: for a part of a data set, or another version",
+    )
     return parser
 
 
@@ -313,6 +333,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("methods:", *(f"  {name:28}{m.summary}" for name, m in METHODS.items()), sep="\n")
         print("groups of methods:", *(f"  {name:28}{what}" for name, what in _GROUPS.items()), sep="\n")
         print("benchmarks:", *(f"  {name:28}{what}" for name, what in BENCHMARKS.items()), sep="\n")
+        return
+    if command == "data":
+        try:
+            print(datasets.describe(**options))
+        except datasets.DataError as error:
+            parser.error(str(error))
         return
     missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
     if missing:

@@ -35,6 +35,8 @@ def fail(capsys, *argv):
         (["compare", "--methods", "grian"], "'grain'"),
         (["leaves", "--leaves", "1,none"], "a whole number from 1"),
         (["leafs"], "leaves"),
+        (["data", "cifar10", "."], "'cifar100'"),
+        (["data", "nyuv2", "/nowhere"], "nothing is downloaded"),
         (["compere"], "compare"),
         (["--metods", "mgda"], "--methods"),
     ],

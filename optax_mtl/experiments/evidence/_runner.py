@@ -75,8 +75,8 @@ def _results(
             kept.unlink()
         stamped.unlink(missing_ok=True)
     store.mkdir(parents=True, exist_ok=True)
-    if stamped.exists() and (found := json.loads(stamped.read_text(encoding="utf-8"))) != stamp:
-        differing = [f"{k}: {found[k]}, not {stamp[k]}" for k in stamp if found.get(k) != stamp[k]]
+    if stamped.exists() and (there := json.loads(stamped.read_text(encoding="utf-8"))) != stamp:
+        differing = [f"{k}: {there[k]}, not {stamp[k]}" for k in stamp if there.get(k) != stamp[k]]
         raise OtherRunsError(
             f"{store} keeps runs of other settings or versions ({'; '.join(differing)}). Write --fresh to forget them, "
             "or name another folder with --out"
@@ -91,10 +91,11 @@ def _results(
                 bar.update(cell.ticks)
             else:
                 start = time.perf_counter()
-                found_now = {k: np.asarray(v) for k, v in cell.run(lambda ticks: bar.update(ticks)).items()}
+                found: dict[str, Any] = dict(cell.run(lambda ticks: bar.update(ticks)))
+                found[_SECONDS] = np.float64(time.perf_counter() - start)
                 partial = path.with_suffix(".partial")  # so that a file that is there is whole
                 with partial.open("wb") as file:
-                    np.savez_compressed(file, **found_now, **{_SECONDS: np.float64(time.perf_counter() - start)})
+                    np.savez_compressed(file, **found)
                 partial.replace(path)
             with np.load(path, allow_pickle=False) as kept:
                 results[cell.name] = {key: kept[key] for key in kept.files if key != _SECONDS}
