@@ -165,7 +165,7 @@ def protocol(config: Config) -> list[str]:
         f"(pydoc_data.topics) and {len(_text.CODE)} modules of its library, letters only, in small letters, as counts "
         f"of words and pairs of neighbours in {words} + {pairs} hashed buckets. Tasks: code or prose, whether the "
         "words were shuffled (half of the windows are), which quarter of its file, which file. All files are in all "
-        f"splits, but cut into spans of {_text.SPAN} words of which each, with all windows in it, is in one split only.",
+        f"splits, but cut into spans of {_text.SPAN} words; each span, with all windows in it, is in one split only.",
         f"{config.train_size:,} training, {config.test_size:,} validation and {config.test_size:,} test examples. One "
         f"trunk of two hidden layers of {config.width} units (ReLU), one linear head a task, mean cross-entropies.",
         f"{config.records * config.steps_per_record:,} steps of Adam, batches of {config.batch_size}, for every method "
@@ -417,8 +417,8 @@ def report(config: Config, results: _study.Results) -> _study.Report:
     )
     names, tables = list(found), [_table(f) for f in found.values()]
     legend = (
-        "test accuracies of each task in percent, and Δm, mean ± standard error over seeds; 'alone' are the single-task "
-        f"networks. Last column: Δm with the loss of one task times {_TENFOLD}."
+        "test accuracies of each task in percent, and Δm, mean ± standard error over seeds; 'alone' are the "
+        f"single-task networks. Last column: Δm with the loss of one task times {_TENFOLD}."
     )
     section = _report.Section(
         title="Weights in proportion to the losses",
