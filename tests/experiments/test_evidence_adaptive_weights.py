@@ -15,6 +15,7 @@ from optax_mtl.experiments.evidence import _text, adaptive_weights
 
 PROPORTIONAL, SOURCES = adaptive_weights.PROPORTIONAL, adaptive_weights.SOURCES
 SIZES = (400, 200, 200)
+pytestmark = pytest.mark.usefixtures("promotion")
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +151,9 @@ def made_up(gain, follows):
 @pytest.mark.parametrize(
     ("gain", "follows", "says", "counts"),
     [
-        (0.05, 1, "ahead of equal", "4 of 4 comparisons ahead, 0 behind"),
-        (-0.05, -1, "behind equal", "0 of 4 comparisons ahead, 4 behind"),
-        (0, 0, "not distinguishable from equal", "0 of 4 comparisons ahead, 0 behind"),
+        (0.05, 1, "ahead of equal", (2, 0)),
+        (-0.05, -1, "behind equal", (0, 2)),
+        (0, 0, "not distinguishable from equal", (0, 0)),
     ],
 )
 def test_the_report_says_what_the_numbers_say(gain, follows, says, counts):
@@ -160,12 +161,15 @@ def test_the_report_says_what_the_numbers_say(gain, follows, says, counts):
     findings = " ".join(made.section.findings)
     for name in SOURCES:
         assert f"{PROPORTIONAL}, {name}, Δm: {says}." in findings
-    assert counts in made.verdict
+    ahead, behind = counts
+    for words in ("on Δm", "on the hardest task"):
+        assert f"{words} {ahead} of 2 comparisons ahead, {behind} behind" in made.verdict
     word = {1: "positive", -1: "negative", 0: "not distinguishable from none"}[follows]
     for name in SOURCES:
         assert f"on {name} {word} with the error" in made.verdict
     assert "\n" not in made.verdict
     assert "in 0 of 2 cases" in made.verdict  # the loss in another unit changes nothing here
+    assert findings.count(f"costs {PROPORTIONAL} and equal weights amounts that are not distinguishable") == 2
 
 
 def test_the_learning_rate_is_chosen_by_validation():

@@ -62,9 +62,9 @@ class Config:
     """
 
     seeds: int = 10
-    steps: int = 600
+    steps: int = 1_000
     batch_size: int = 64
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     width: int = 32
     train_size: int = 4_096
     test_size: int = 1_024
@@ -221,26 +221,13 @@ def _train(config: Config, name: str, method: str | None) -> _study.Arrays:
       `losses` and `weights`, `(C, R, S, records, T)`, means over the steps of a record; `validation` and `test`
       accuracies after the last step, `(C, R, S, T)`.
     """
-    source = SOURCES[name]
+    source, problem = SOURCES[name], _problem(config, name)
     number = len(source.tasks)
-    seeds = range(config.seeds)
-    splits = [source.splits(seed, config.sizes) for seed in seeds]
-    data = jax.tree.map(lambda *leaves: np.stack(leaves), *splits)
-    steps = config.records * config.steps_per_record
-    orders = np.stack([_data.epochs(seed, config.train_size, config.batch_size, steps) for seed in seeds])
-    orders = orders.reshape(config.seeds, config.records, config.steps_per_record, -1)
-    keys = jax.vmap(jax.random.key)(np.arange(config.seeds, dtype=np.uint32))
-    features = splits[0][0].inputs.shape[1]
-
-    def network(key: jax.Array) -> tuple[Any, Any]:
-        return nnx.split(_models.TrunkAndHeads(features, config.width, source.tasks, rngs=nnx.Rngs(key)))
-
-    graph, _ = network(jax.random.key(0))
 
     def logits(params: Any, inputs: jax.Array) -> list[jax.Array]:
-        return nnx.merge(graph, params)(inputs.astype(jnp.float32))
+        return nnx.merge(problem.graph, params)(inputs.astype(jnp.float32))
 
-    def one(scales: jax.Array, rate: jax.Array, key: jax.Array, data: Any, orders: jax.Array) -> Any:
+    def one(scales: jax.Array, rate: jax.Array, key: jax.Array, params: Any, data: Any, orders: jax.Array) -> Any:
         train, *others = data
         setting = _registry.Setting(
             num_tasks=number,
@@ -269,17 +256,47 @@ def _train(config: Config, name: str, method: str | None) -> _study.Arrays:
             carry, seen = lax.scan(step, carry, orders)
             return carry, jax.tree.map(functools.partial(jnp.mean, axis=0), seen)
 
-        params = nnx.to_pure_dict(network(key)[1])
         carry = (params, weighting.init(jnp.zeros(1)), adam.init(params))
         (params, _, _), (losses, weights) = lax.scan(record, carry, orders)
         scores = [_models.accuracies(logits(params, split.inputs), split.labels) for split in others]
         return {"losses": losses, "weights": weights, "validation": scores[0], "test": scores[1]}
 
-    over_seeds = jax.vmap(one, in_axes=(None, None, 0, 0, 0))
-    over_rates = jax.vmap(over_seeds, in_axes=(None, 0, None, None, None))
-    over_scales = jax.jit(jax.vmap(over_rates, in_axes=(0, None, None, None, None)))
+    over_seeds = jax.vmap(one, in_axes=(None, None, 0, 0, 0, 0))
+    over_rates = jax.vmap(over_seeds, in_axes=(None, 0, *[None] * 4))
+    over_scales = jax.jit(jax.vmap(over_rates, in_axes=(0, *[None] * 5)))
     rates = np.array(config.learning_rates, np.float32)
-    return jax.device_get(over_scales(_scales(source, method is None), rates, keys, data, orders))
+    return jax.device_get(over_scales(_scales(source, method is None), rates, *problem.of_seeds))
+
+
+class _Problem(NamedTuple):
+    """What all methods are given alike.
+
+    Attributes:
+      graph: what the network is beside its parameters.
+      of_seeds: random keys, first parameters, data and batches of all seeds.
+    """
+
+    graph: Any
+    of_seeds: tuple[jax.Array, Any, list[Split], np.ndarray]
+
+
+@functools.lru_cache(maxsize=1)
+def _problem(config: Config, name: str) -> _Problem:
+    source = SOURCES[name]
+    splits = [source.splits(seed, config.sizes) for seed in range(config.seeds)]
+    steps = config.records * config.steps_per_record
+    orders = np.stack([_data.epochs(seed, config.train_size, config.batch_size, steps) for seed in range(config.seeds)])
+    features = splits[0][0].inputs.shape[1]
+
+    def network(key: jax.Array) -> _models.TrunkAndHeads:
+        return _models.TrunkAndHeads(features, config.width, source.tasks, rngs=nnx.Rngs(key))
+
+    keys = jax.vmap(jax.random.key)(np.arange(config.seeds, dtype=np.uint32))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: network(jax.random.key(0))))
+    params = jax.jit(jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(network(key)))))(keys)
+    data = jax.tree.map(lambda *leaves: np.stack(leaves), *splits)
+    orders = orders.reshape(config.seeds, config.records, config.steps_per_record, -1)
+    return _Problem(graph, (keys, params, data, orders))
 
 
 def task_weights(weighting: optax.GradientTransformationExtraArgs, state: Any, losses: jax.Array) -> tuple[Any, Any]:
@@ -408,12 +425,11 @@ def report(config: Config, results: _study.Results) -> _study.Report:
             for what in ("Δm", "hardest")
         }
     )
+    changes = {(n, m): o[1].gains - o[0].gains for n, f in found.items() for m, o in f.outcomes.items()}
+    against_equal = [(n, m, "equal") for n in found for m in on_trial if "equal" in rivals]
     moved = _holm(
-        {
-            (n, m): _statistics.paired(f.outcomes[m][1].gains, f.outcomes[m][0].gains)
-            for n, f in found.items()
-            for m in config.methods
-        }
+        {key: _statistics.paired(change, np.zeros_like(change)) for key, change in changes.items()}
+        | {(n, m, other): _statistics.paired(changes[n, m], changes[n, other]) for n, m, other in against_equal}
     )
     names, tables = list(found), [_table(f) for f in found.values()]
     legend = (
@@ -563,6 +579,15 @@ def _other_unit(
             f"Control, {name}: the loss of {f.tasks[f.enlarged]} times {_TENFOLD}. Its share in what is descended on, "
             f"and the change of Δm: {'; '.join(parts)}."
         )
+        for method in on_trial:
+            if test := moved.get((name, method, "equal")):
+                less = {-1: "more", 1: "less"}[1 if test.difference.mean > 0 else -1]
+                said = (
+                    f"costs {method} {less} than equal weights"
+                    if _statistics.significant(test)
+                    else (f"costs {method} and equal weights amounts that are not distinguishable")
+                )
+                sentences.append(f"Control, {name}: the other unit {said}, change against change {test.text()}.")
     return sentences
 
 
@@ -578,16 +603,25 @@ def _verdict(
         ]
         parts += [f"on {name} {each}" for each in said]
     counts = [
-        sum(_statistics.significant(c) and sign * c.difference.mean > 0 for c in helped.values()) for sign in (1, -1)
+        f"{words} {_won(helped, what, 1)} of {_number(helped, what)} comparisons ahead, {_won(helped, what, -1)} behind"
+        for what, words in (("Δm", "on Δm"), ("hardest", "on the hardest task"))
     ]
-    lost = [
-        _statistics.significant(c) and c.difference.mean < 0 for (_, method), c in moved.items() if method in on_trial
-    ]
+    own = {key: test for key, test in moved.items() if len(key) == 2 and key[1] in on_trial}
+    lost = sum(_statistics.significant(c) and c.difference.mean < 0 for c in own.values())
     return (
-        f"Rank correlation of weights and difficulty: {', '.join(parts)}. Against the rivals, on Δm and the hardest "
-        f"task: {counts[0]} of {len(helped)} comparisons ahead, {counts[1]} behind, the others not distinguishable. "
-        f"One loss times {_TENFOLD} made Δm worse in {sum(lost)} of {len(lost)} cases."
+        f"Rank correlation of weights and difficulty: {', '.join(parts)}. Against the rivals: {'; '.join(counts)}; the "
+        f"others not distinguishable. One loss times {_TENFOLD} made Δm worse in {lost} of {len(own)} cases."
     )
+
+
+def _number(helped: Tests, what: str) -> int:
+    return sum(key[-1] == what for key in helped)
+
+
+def _won(helped: Tests, what: str, sign: int) -> int:
+    """How many comparisons are significant, with that sign."""
+    tests = [c for key, c in helped.items() if key[-1] == what]
+    return sum(_statistics.significant(c) and sign * c.difference.mean > 0 for c in tests)
 
 
 def _table(found: _Findings) -> _report.Table:
@@ -654,8 +688,8 @@ def _draw_weights(config: Config, found: Mapping[str, _Findings]) -> figure.Figu
                 weights = f.outcomes[method][0].weights[:, :, t]
                 _plots.curve(ax, steps, weights, color=_plots.LINE_COLORS[k + 1], label=label)
             ax.set_title(f"{name}: {method}", fontsize=9.5)
-            ax.set_ylim(0, None)
             _plots.plain(ax)
+        line[0].set_ylim(0, None)  # the row's
         line[0].set_ylabel("share of the weights")
         line[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     for ax in grid[-1]:
