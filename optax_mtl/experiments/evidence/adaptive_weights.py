@@ -582,12 +582,9 @@ def _other_unit(
         )
         for method in on_trial:
             if test := moved.get((name, method, "equal")):
-                less = {-1: "more", 1: "less"}[1 if test.difference.mean > 0 else -1]
-                said = (
-                    f"costs {method} {less} than equal weights"
-                    if _statistics.significant(test)
-                    else (f"costs {method} and equal weights amounts that are not distinguishable")
-                )
+                said = f"costs {method} and equal weights amounts that are not distinguishable"
+                if _statistics.significant(test):
+                    said = f"costs {method} {'less' if test.difference.mean > 0 else 'more'} than equal weights"
                 sentences.append(f"Control, {name}: the other unit {said}, change against change {test.text()}.")
     return sentences
 
@@ -611,10 +608,10 @@ def _verdict(
     lost = sum(_statistics.significant(c) and c.difference.mean < 0 for c in own.values())
     equals = [test for key, test in moved.items() if len(key) == 3]
     more = sum(_statistics.significant(c) and c.difference.mean < 0 for c in equals)
-    than_equal = f", more than with equal weights in {more}" if equals else ""
+    made_worse = f"{lost} of {len(own)} cases" + (f", more than with equal weights in {more}" if equals else "")
     return (
         f"Rank correlation of weights and difficulty: {', '.join(parts)}. Against the rivals: {'; '.join(counts)}; the "
-        f"others not distinguishable. One loss times {_TENFOLD} made Δm worse in {lost} of {len(own)} cases{than_equal}."
+        f"others not distinguishable. One loss times {_TENFOLD} made Δm worse in {made_worse}."
     )
 
 
