@@ -179,3 +179,10 @@ def test_the_learning_rate_is_chosen_by_validation():
     assert {row["rate"] for row in rows} == {f"{CONFIG.learning_rates[0]:g}", "nan"}
     easiest = [row["accuracy"] for row in rows if row["method"] == "alone" and row["task"] == "left"]
     assert np.mean(easiest) == pytest.approx(70, abs=1)
+
+
+def test_a_report_without_rivals_makes_no_comparison():
+    config = dataclasses.replace(CONFIG, methods=(PROPORTIONAL,))
+    made = adaptive_weights.report(config, made_up(0.05, 1))
+    assert "on Δm 0 of 0 comparisons ahead" in made.verdict
+    assert not any("ahead of" in finding or "equal weights" in finding for finding in made.section.findings)
