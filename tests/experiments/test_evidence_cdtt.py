@@ -88,7 +88,7 @@ def test_sentences_for_better_worse_and_not_distinguishable():
     assert "points of Δm against equal (worse, p < 0.001)" in said
     verdict = cdtt.verdict(compared)
     assert verdict.startswith(
-        "Against edm, the tensioner improves the number of epochs on two gates and the number of epochs on three gates. "
+        "Against edm, the tensioner improves the number of epochs on two gates and the number of epochs on three gates"
     )
     assert "against edm better in 2, worse in 0 of 6 comparisons; " in verdict
     assert "against equal better in 4, worse in 2 of 6 comparisons." in verdict

@@ -277,7 +277,7 @@ def findings(ends: Mapping[str, Ends]) -> list[str]:
         f"{_names(blind)}.",
         f"{len(never)} never arrive: {_names(never)}.",
     ]
-    found += [text for m, text in _claims(ends).items() if m in ends]
+    found += [f"{m} arrives from {_in_words(ends[m])}." for m in _SHOWN if m in ends]
     distances = np.concatenate([distance_to_front(e.points).ravel() for e in ends.values()])
     doubtful = int(((distances > NEAR / 2) & (distances < 5 * NEAR)).sum())
     found.append(
@@ -287,21 +287,16 @@ def findings(ends: Mapping[str, Ends]) -> list[str]:
     return found
 
 
-def _claims(ends: Mapping[str, Ends]) -> dict[str, str]:
-    """For the methods of the two papers' own pictures, what they do here."""
-    return {m: f"{m} {_in_words(ends[m])}." for m in _SHOWN if m in ends}
-
-
 _SHOWN = ("linear_scalarization", "mgda", "pcgrad", "cagrad", "nash_mtl")  # those of the papers
 
 
 def _in_words(ends: Ends) -> str:
-    """Such as: arrives from 3 and 4 of the five starts, at -0.2 to +0.3 and at ..."""
+    """Such as: 3 of 5 (at -0.2 to +0.3) with the factor 1 and 4 of 5 ..."""
     told = []
     for s, scale in enumerate(SCALES):
         count, where, _ = ends.cells(s)
         told.append(f"{count} of 5" + (f" (at {where})" if where != "–" else "") + f" with the factor {scale:g}")
-    return f"arrives from {' and '.join(told)}"
+    return " and ".join(told)
 
 
 def _names(methods: Sequence[str]) -> str:
