@@ -39,7 +39,7 @@ def test_units_and_rates_share_seeds():
 
 
 def test_the_central_direction_is_blind_to_units_and_the_tensioner_is_not():
-    config = cdtt.Config(seeds=2, steps=40, learning_rates=(1e-2,), methods=("edm", "cdtt"))
+    config = cdtt.Config(seeds=2, steps=40, learning_rates=(3e-3,), methods=("edm", "cdtt"))
     cells = {cell.name: cell for cell in cdtt.cells(config)}
     scores = {m: cells[f"digit and turn: {m}"].run(lambda ticks: None)["scores"] for m in ("edm", "cdtt")}
     assert scores["edm"].shape == (2, 1, 1, 2, 2, 2)
