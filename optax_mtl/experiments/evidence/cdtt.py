@@ -55,7 +55,7 @@ class Config:
 
     seeds: int = 12
     steps: int = 800
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    learning_rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1)
     batch_size: int = 64
     gate_seeds: int = 400
     epochs: int = 2_500
@@ -93,8 +93,8 @@ def protocol(config: Config) -> list[str]:
         "every method: methods are compared seed by seed.",
         f"Digit and turn (ours): scikit-learn's 1,797 photographs of digits, 8 x 8 pixels, each turned {_COPIES} times "
         "by a random angle between -90° and 90°. Which digit is it, however turned (cross-entropy), and by how much is "
-        "it turned, whatever the digit (squared error)? A trunk that narrows from 64 over 32 to 8 features (ELU), "
-        "one linear head a task.",
+        "it turned, whatever the digit (squared error)? A trunk that narrows from 64 over 32 to "
+        f"{_WIDTH} features (ELU), one linear head a task.",
         "The loss of the turn comes in two units: in degrees squared, some thousand times the digit's, and divided by "
         "its first value, so that both start near one. A head that is trained by Adam does not notice; methods may.",
         f"{config.seeds} seeds of {config.steps_per_record * _RECORDS} steps of Adam, batches of {config.batch_size}. "
@@ -102,7 +102,9 @@ def protocol(config: Config) -> list[str]:
         "validation and the rest for the test, and fixes first weights and batches.",
         f"Each method has its own learning rate for each unit, of {rates}: the one with the best mean score on the "
         "validation data after the last step. Test data are looked at once, with that one, after the last step. "
-        "Single-task networks likewise, one rate a task.",
+        "Single-task networks likewise, one rate a task. The trunk and the rates were settled after a pilot with eight "
+        "features, in which all methods wanted the largest of smaller rates; its validation scores were seen, its test "
+        "scores were not.",
         "The score: accuracy of the digit, share of the turn's variance that is explained, and the mean of their gains "
         "over the single-task networks of the same seed, in percent (Δm).",
         "cdtt with its default tension alpha 0.3, the authors', and with 1, the most there is. For three tasks also "
@@ -176,6 +178,7 @@ def _gate_runner(
 # -- Digit and turn --------------------------------------------------------------------------------------------------
 
 _COPIES = 4
+_WIDTH = 4  # features at the end of the trunk
 _TRAIN, _VALIDATION = 1_000, 297  # photographs
 
 
@@ -251,7 +254,7 @@ def make_problem(config: Config, times: int) -> _training.Problem:
             kernel = jax.random.normal(next(keys), (inputs, outputs)) / math.sqrt(inputs)
             return {"kernel": kernel, "bias": jnp.zeros(outputs)}
 
-        return {"trunk": [dense(64, 32), dense(32, 8)], "heads": [dense(8, 10), dense(8, 1)]}
+        return {"trunk": [dense(64, 32), dense(32, _WIDTH)], "heads": [dense(_WIDTH, 10), dense(_WIDTH, 1)]}
 
     parts = [np.stack(rows) for rows in zip(*(split(seed) for seed in range(config.seeds)), strict=True)]
     keys = jax.vmap(jax.random.key)(np.arange(config.seeds, dtype=np.uint32))
