@@ -88,17 +88,16 @@ def test_sentences_for_better_worse_and_not_distinguishable():
     assert "points of Δm against equal (worse, p < 0.001)" in said
     verdict = cdtt.verdict(compared)
     assert verdict.startswith(
-        "Against edm, the tensioner improves the number of epochs on two gates and the number of epochs on three gates"
+        "Against edm, cdtt is better in the number of epochs (two gates, three gates), worse in nothing. "
     )
-    assert "against edm better in 2, worse in 0 of 6 comparisons; " in verdict
-    assert "against equal better in 4, worse in 2 of 6 comparisons." in verdict
+    assert "Better and worse in all: 2 and 0 of 6 against edm, 4 and 2 of 6 against equal." in verdict
     assert compared[cdtt.Pair("two gates", "learnt", "cdtt 0.3", "edm")].p == 1
 
 
 def test_no_verdict_where_nothing_can_be_told():
     same = np.array([100.0, 120.0, np.inf, np.inf])
     compared = cdtt.compare(outcomes(cdtt03=same, edm=same[::-1]), scored(cdtt=[1.0, 2.0, 4.0], edm=[2.0, 1.0, 4.0]))
-    assert cdtt.verdict(compared).startswith("Against edm, the tensioner improves nothing that can be told. ")
+    assert cdtt.verdict(compared).startswith("Against edm, cdtt is better in nothing, worse in nothing. ")
     assert not [pair for pair in compared if pair.quantity == "epochs"]  # no seed learns with both
     assert not any(_statistics.significant(c) for c in compared.values())
 

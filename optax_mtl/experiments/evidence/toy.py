@@ -12,7 +12,7 @@ import math
 
 import jax
 from jax import numpy as jnp
-from matplotlib import figure, lines
+from matplotlib import figure, layout_engine, lines
 import numpy as np
 import optax
 
@@ -156,8 +156,8 @@ def _runner(config: Config, method: str) -> Callable[[_training.Advance], _study
     def run(advance: _training.Advance) -> _study.Arrays:
         keys = KEYS if is_random(method) else 1
         shape = (len(SCALES), keys, len(STARTS))
-        points = np.broadcast_to(np.float32(STARTS), (*shape, 2)).reshape(-1, 2)
-        scales = np.broadcast_to(np.float32(SCALES)[:, None, None], shape).reshape(-1)
+        points = np.broadcast_to(np.asarray(STARTS, np.float32), (*shape, 2)).reshape(-1, 2)
+        scales = np.broadcast_to(np.asarray(SCALES, np.float32)[:, None, None], shape).reshape(-1)
         problem = _training.Problem(
             # The whole plane is shared, there are no heads.
             losses=lambda params, scale, _: objectives(params["trunk"]) * jnp.stack([scale, jnp.ones_like(scale)]),
@@ -358,8 +358,8 @@ def _pictures(config: Config, ends: Mapping[str, Ends]) -> figure.Figure:
     """A small panel a method: the mean loss as contours, the front, and the first key's ways."""
     columns = min(9, len(ends) + 1)
     rows = math.ceil((len(ends) + 1) / columns)  # one more for the legend
-    fig = figure.Figure(figsize=(1.27 * columns, 1.42 * rows), layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)  # type: ignore[union-attr]
+    close = layout_engine.ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    fig = figure.Figure(figsize=(1.27 * columns, 1.42 * rows), layout=close)
     panels = list(fig.subplots(rows, columns, squeeze=False).flat)
     axis = np.linspace(-11, 11, 89, dtype=np.float32)
     grid = jnp.asarray(np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2))
