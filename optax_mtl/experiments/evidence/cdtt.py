@@ -104,8 +104,8 @@ def protocol(config: Config) -> list[str]:
         f"Each method has its own learning rate for each unit, of {rates}: the one with the best mean score on the "
         "validation data after the last step. Test data are looked at once, with that one, after the last step. "
         "Single-task networks likewise, one rate a task. The trunk and the rates were settled after a pilot with eight "
-        "features, in which most methods wanted the largest of smaller rates; its validation scores were seen, its test "
-        "scores were not.",
+        "features, in which most methods wanted the largest of smaller rates; its validation scores were seen, its "
+        "test scores were not.",
         "The score: accuracy of the digit, share of the turn's variance that is explained, and the mean of their gains "
         "over the single-task networks of the same seed, in percent (Δm).",
         "cdtt with its default tension alpha 0.3, the authors', and with 1, the most there is. For three tasks also "
