@@ -12,7 +12,7 @@ import optax
 
 import optax_mtl as mtl
 
-Build = Callable[[jax.Array], optax.GradientTransformation]  # from a random key
+Build = Callable[..., optax.GradientTransformation]  # from a random key; and from what is varied, if anything is
 Advance = Callable[[int], object]
 
 
@@ -73,6 +73,7 @@ def train(
     *,
     chunks: int,
     monitored: int | None = None,
+    varied: Any = None,
     advance: Advance = lambda ticks: None,
 ) -> Run:
     """Trains every seed with one method.
@@ -82,20 +83,23 @@ def train(
       problem: what to train on.
       chunks: the program is called so many times; divides the number of records.
       monitored: the number of tasks, if the update is to be looked at, leaf by leaf; else None. It makes a step slower.
+      varied: hyper-parameters that are not the same for all runs, leaves `(S, ...)`; `build` is then given each run's
+        own as its second argument.
       advance: called with 0 before compilation and with 1 after each chunk, for a progress bar.
 
     Returns:
       A `Run`.
     """
 
-    def optimiser(key: jax.Array) -> optax.GradientTransformationExtraArgs:
-        tx = build(key)
+    def optimiser(own: tuple[Any, ...]) -> optax.GradientTransformationExtraArgs:
+        tx = build(*own)
         # Under `vmap` every step costs as much as a recorded one; so each is recorded, for the mean over them.
         return optax.with_extra_args_support(tx if monitored is None else mtl.monitor(tx, monitored, capacity=1))
 
     num_seeds = problem.batches.shape[0]
     data = jax.device_put(problem.data)
     keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds, dtype=jnp.uint32))
+    own = (keys,) if varied is None else (keys, jax.device_put(varied))
 
     def step(carry: Any, batch: jax.Array, data: Any, tx: Any) -> tuple[Any, Any]:
         params, opt_state = carry
@@ -111,8 +115,8 @@ def train(
         update_seen = () if monitored is None else (opt_state.shares[0], opt_state.update_cosines[0])
         return (optax.apply_updates(params, updates), opt_state), (losses, weights, cosines, *update_seen)
 
-    def program(carry: Any, key: jax.Array, data: Any, batches: jax.Array) -> tuple[Any, Record]:
-        tx = optimiser(key)
+    def program(carry: Any, own: Any, data: Any, batches: jax.Array) -> tuple[Any, Record]:
+        tx = optimiser(own)
 
         def record(carry: Any, batches: jax.Array) -> tuple[Any, Record]:
             carry, seen = lax.scan(lambda c, batch: step(c, batch, data, tx), carry, batches)
@@ -123,16 +127,16 @@ def train(
 
     advance(0)
     start = time.perf_counter()
-    opt_state = jax.jit(jax.vmap(lambda key, params: optimiser(key).init(params)))(keys, problem.params)
+    opt_state = jax.jit(jax.vmap(lambda own, params: optimiser(own).init(params)))(own, problem.params)
     carry = (problem.params, opt_state)
     parts = np.split(problem.batches, chunks, axis=1)
-    compiled = jax.jit(jax.vmap(program)).lower(carry, keys, data, parts[0]).compile()
+    compiled = jax.jit(jax.vmap(program)).lower(carry, own, data, parts[0]).compile()
     compile_seconds = time.perf_counter() - start
 
     start = time.perf_counter()
     seen = []
     for part in parts:
-        carry, record = jax.block_until_ready(compiled(carry, keys, data, part))
+        carry, record = jax.block_until_ready(compiled(carry, own, data, part))
         seen.append(record)
         advance(1)
     record = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *seen)
