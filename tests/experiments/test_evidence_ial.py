@@ -98,7 +98,11 @@ def made_up(ial_accuracy):
 @pytest.mark.parametrize(
     ("accuracy", "verdict", "sentence"),
     [
-        ((0.9, 0.8), "Safe as far as can be told: ial is ahead of single-task at 0 % wrong labels, behind nowhere.", 0),
+        (
+            (0.9, 0.8),
+            "Safe as far as can be told: ial is ahead of single-task at 0 % wrong labels, behind nowhere (",
+            0,
+        ),
         ((0.9, 0.7), "Not safe: ial is behind single-task at 100 % wrong labels (-10.0 ± 0.0 points at worst), ", 1),
         ((0.7, 0.6), "Not safe: ial is behind single-task at 0 and 100 % wrong labels (-20.0 ± 0.0 points", 2),
         ((0.8, 0.8), "Undecided: ial is not distinguishable from single-task at any share", 3),

@@ -406,15 +406,16 @@ def verdict(config: Config, comparisons: Mapping[Pair, Sequence[_statistics.Comp
     """What became of the claim."""
     found = comparisons[IAL, SINGLE]
     ahead, behind = _where(config, found, 1), _where(config, found, -1)
+    worst = min((c.difference for c in found), key=lambda difference: difference.mean).text(sign=True)
     if behind:
-        worst = min((c.difference for c in found), key=lambda difference: difference.mean)
-        text = f"Not safe: ial is behind single-task at {_shares(behind)} wrong labels ({worst.text(sign=True)} points "
-        text += f"at worst), ahead {f'at {_shares(ahead)}' if ahead else 'nowhere'}"
+        text = f"Not safe: ial is behind single-task at {_shares(behind)} wrong labels ({worst} points at worst), "
+        text += f"ahead {f'at {_shares(ahead)}' if ahead else 'nowhere'}"
     elif ahead:
         text = f"Safe as far as can be told: ial is ahead of single-task at {_shares(ahead)} wrong labels, "
-        text += "behind nowhere"
+        text += f"behind nowhere ({worst} points at worst)"
     else:
-        text = "Undecided: ial is not distinguishable from single-task at any share of wrong labels"
+        text = "Undecided: ial is not distinguishable from single-task at any share of wrong labels "
+        text += f"({worst} points at worst)"
     shares = len(config.wrong)
     rivals = [
         f"{other} {len(_where(config, c, 1))}/{len(_where(config, c, -1))}"
