@@ -56,12 +56,13 @@ def multi_digits(seed: int, train_size: int = 10_000, test_size: int = 2_000) ->
     rng = np.random.default_rng(seed)
     train, test = np.split(rng.permutation(len(images)), [2 * len(images) // 3])
     return MultiDigits(
-        train=_compose(images, digits.target, rng.choice(train, (train_size, 2))),
-        test=_compose(images, digits.target, rng.choice(test, (test_size, 2))),
+        train=compose(images, digits.target, rng.choice(train, (train_size, 2))),
+        test=compose(images, digits.target, rng.choice(test, (test_size, 2))),
     )
 
 
-def _compose(images: np.ndarray, digits: np.ndarray, sources: np.ndarray) -> Split:
+def compose(images: np.ndarray, digits: np.ndarray, sources: np.ndarray) -> Split:
+    """Canvases of the pairs `sources` `(N, 2)` of `images`, and their labels."""
     left, right = sources.T
     canvas = np.zeros((len(sources), SIDE, SIDE), np.float32)
     canvas[:, :-SHIFT, :-SHIFT] = images[left]
