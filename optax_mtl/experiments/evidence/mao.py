@@ -137,9 +137,10 @@ def protocol(config: Config) -> list[str]:
         "Δm is the gain in score relative to the single-task network of the same seed, averaged over the tasks: the "
         "same trunk, as many steps.",
         "Balance: each task's share of the step of each layer of the trunk (`optax_mtl.monitor`: what the tasks' "
-        f"gradients of the same batch explain of it), one step in {_LOOK}, averaged over {config.steps_per_record} steps; "
-        "negative shares count as none, the rest are made to sum to one, and the exponential of their entropy is the "
-        "number of tasks that the step is made for: 1 if for one alone, all if for all alike.",
+        f"gradients of the same batch explain of it), of one step in {_LOOK}, averaged over "
+        f"{config.steps_per_record} steps; negative shares count as none, the rest are made to sum to one, and the "
+        "exponential of their entropy is the number of tasks that the step is made for: 1 if for one alone, all if for "
+        "all alike.",
         f"Seeds: {config.seeds}. A seed fixes canvases, initial weights, order of the batches and lot, the same for "
         "every method: methods are compared seed by seed, by Student's t-test for pairs, p after Holm's correction "
         "for all comparisons of the same kind.",
