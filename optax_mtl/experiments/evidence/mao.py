@@ -233,17 +233,17 @@ def _layer(path: str) -> str:
     return path.rpartition("/")[0]  # "layers/0/kernel" and "layers/0/bias" are one
 
 
-# What `monitor` watches: an update that has been made elsewhere, from all parameters.
-_given = optax.GradientTransformationExtraArgs(
-    lambda params: optax.EmptyState(), lambda task_grads, state, params=None, *, update, **_: (update, state)
-)
+def _given(task_grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    """What `monitor` watches: the trunk's part of an update that has been made from all parameters."""
+    return extra_args["update"], state
 
 
 def _program(config: Config, method: str, num_tasks: int) -> Callable[[_Runs], dict[str, np.ndarray]]:
     """Trains runs; returns their `scores` `(R, T)` and `shares` `(R, records, layers, T)`."""
     graph, _ = _network(config, num_tasks, jax.random.key(0))
     steps_per_epoch = config.train_size // config.batch_size
-    watched = mtl.monitor(_given, num_tasks, capacity=1, blocks=_layer)
+    given = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), _given)
+    watched = mtl.monitor(given, num_tasks, capacity=1, blocks=_layer)
     seen = np.arange(config.steps_per_record) % _LOOK == 0
 
     def train(run: _Runs, images: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
@@ -253,8 +253,8 @@ def _program(config: Config, method: str, num_tasks: int) -> Callable[[_Runs], d
             return run.scales * _mao_data.losses(nnx.merge(graph, params)(images[rows]), targets[rows])
 
         def shares_of(params: Any, task_grads: Any, updates: Any) -> jax.Array:
-            trunk = [tree["trunk"] for tree in (params, task_grads, updates)]
-            return watched.update(trunk[1], watched.init(trunk[0]), update=trunk[2])[1].shares[0]
+            state: Any = watched.init(params["trunk"])
+            return watched.update(task_grads["trunk"], state, update=updates["trunk"])[1].shares[0]
 
         def step(carry: Any, rows_and_look: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
             params, opt_state = carry
@@ -267,7 +267,7 @@ def _program(config: Config, method: str, num_tasks: int) -> Callable[[_Runs], d
 
         def record(carry: Any, batches: jax.Array) -> tuple[Any, jax.Array]:
             carry, shares = lax.scan(step, carry, (batches, jnp.array(seen)))
-            return carry, jnp.sum(shares, axis=0) / np.sum(seen)
+            return carry, jnp.sum(shares, axis=0) / int(seen.sum())
 
         (params, _), shares = lax.scan(record, (run.params, tx.init(run.params)), run.batches)
         scores = _mao_data.scores(nnx.merge(graph, params)(images[run.held]), targets[run.held])
