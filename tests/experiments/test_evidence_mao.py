@@ -132,8 +132,8 @@ def test_the_report_says_who_is_ahead_and_whose_steps_are_even():
     assert report.verdict.startswith(
         "With 2 losses six orders apart, mao's steps are made for 2.0 tasks (equal weights: 1.0)"
     )
-    assert "there, it is ahead of 1, behind 0, and level with 1" in report.verdict
-    assert "with the losses as they are, it is ahead of 0, behind 1, and level with 1" in report.verdict
+    assert "there, it is ahead of 1 of them, behind 0, level with 1" in report.verdict
+    assert "with the losses as they are, it is ahead of 0 of them, behind 1, level with 1" in report.verdict
     assert len(report.rows) == 4 + 3 * 2 * 4
     row = next(r for r in report.rows if (r["method"], r["scales"], r["seed"]) == ("linear_scalarization", "apart", 0))
     assert row["delta_m"] == pytest.approx(-20 + 0.01)
@@ -145,7 +145,7 @@ def test_the_report_says_it_when_mao_is_worse():
     even = {"linear_scalarization": (1, 1), "edm": (1, 1), "mao": (0.1, 0.1)}
     report = mao.report(CONFIG, made_up(gains, even))
     assert "more even than those of 0 of 2 per-task methods, less even than those of 2" in report.verdict
-    assert "there, it is ahead of 0, behind 2, and level with 0" in report.verdict
+    assert "there, it is ahead of 0 of them, behind 2, level with 0" in report.verdict
     assert "mao is behind linear_scalarization -6.0" in "\n".join(report.section.findings)
 
 

@@ -48,7 +48,7 @@ METHODS: Mapping[str, Build] = {
 }
 EQUAL = "linear_scalarization"
 _VARIANTS = ("mao_mean", "mao_by_leaf")
-_DRAWN = (EQUAL, "uncertainty", "scale_invariant", "edm", "mao", "mao_by_leaf")
+_DRAWN = ("mao", "mao_by_leaf", "edm", "scale_invariant", "uncertainty", EQUAL)
 CONDITIONS = {"equal": "losses as they are", "apart": "losses six orders apart"}
 _ALONE = "alone"
 _RECORDS = 20
@@ -125,8 +125,9 @@ def protocol(config: Config) -> list[str]:
         f"{config.train_size:,} training canvases. Adam for all, behind the method; mao is itself one Adam a task, "
         "their steps summed, mao_mean the same with their mean, and mao_by_leaf has one second moment a task and leaf. "
         "Every method's default arguments (but dwa is told how long an epoch is, and uncertainty which tasks are "
-        "regressions).",
-        f"Methods that weight losses ({', '.join([*weights_losses, 'uncertainty'])}) weight trunk and heads; the mao "
+        "regressions): uncertainty and gradnorm learn their weights at their own rates, for which six orders may be a "
+        "long way.",
+        f"Methods that weight losses ({', '.join(weights_losses)}) weight trunk and heads; the mao "
         "are complete optimisers; the others act on the trunk, and each head gets its own gradient.",
         "Learning rates: mao's steps are up to as many times as long as there are tasks, so that one rate for all "
         f"would not be fair. Every method in every setting, and every task alone, has the best of {rates}: best in "
@@ -597,8 +598,8 @@ def _verdict(found: _Found, beside: _Against, balance_beside: _Against, num_task
     results = []
     for condition, words in (("apart", "there"), ("equal", "with the losses as they are")):
         ahead, behind, level = map(len, _sorted_out(_of(beside, (num_tasks, condition))))
-        results.append(f"{words}, it is ahead of {ahead}, behind {behind}, and level with {level}")
-    return f"{first}, {evener}{len(smaller)}. In the result, {'; '.join(results)}."
+        results.append(f"{words}, it is ahead of {ahead} of them, behind {behind}, level with {level}")
+    return f"{first}, {evener}{len(smaller)}. In Δm, {'; '.join(results)}."
 
 
 def _table(config: Config, found: _Found, corner: str, cell: Callable[[Case, str], str]) -> _report.Table:
