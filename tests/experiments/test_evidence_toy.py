@@ -76,7 +76,7 @@ def test_what_is_said_of_the_ends():
     ends["linear_scalarization"] = path_to(0, None)
     said = "\n".join(toy.findings(ends))
     assert "3 of 4 methods arrive at the front from all five starts, with either scale: nash_mtl, mgda, cagrad." in said
-    assert "1 always end near its middle (within 0.1 of it): nash_mtl." in said
+    assert "with the factor 1: nash_mtl, linear_scalarization; with the factor 0.1: nash_mtl." in said
     assert "2 end in the same places whatever the first loss is multiplied by (within 0.1): nash_mtl, cagrad." in said
     assert "0 never arrive: none." in said
     assert (
