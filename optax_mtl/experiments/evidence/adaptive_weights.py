@@ -40,7 +40,9 @@ METHODS: dict[str, Callable[[_registry.Setting, Sequence[int]], optax.GradientTr
     "rlw": _of_catalogue("rlw"),
     "dwa": _of_catalogue("dwa"),
     "uncertainty": _of_catalogue("uncertainty"),
-    "log of classes": lambda s, classes: mtl.linear_scalarization(s.num_tasks, weights=np.log(np.float32(classes))),
+    "log of classes": lambda s, classes: mtl.linear_scalarization(
+        s.num_tasks, weights=jnp.log(jnp.array(classes, jnp.float32))
+    ),
     PROPORTIONAL: _of_catalogue("adaptive_weight_assignment"),
     SOFTMAX: lambda s, classes: mtl.adaptive_weight_assignment(s.num_tasks, mode="softmax"),
 }
@@ -581,11 +583,11 @@ def _other_unit(
             f"and the change of Δm: {'; '.join(parts)}."
         )
         for method in on_trial:
-            if test := moved.get((name, method, "equal")):
+            if more := moved.get((name, method, "equal")):
                 said = f"costs {method} and equal weights amounts that are not distinguishable"
-                if _statistics.significant(test):
-                    said = f"costs {method} {'less' if test.difference.mean > 0 else 'more'} than equal weights"
-                sentences.append(f"Control, {name}: the other unit {said}, change against change {test.text()}.")
+                if _statistics.significant(more):
+                    said = f"costs {method} {'less' if more.difference.mean > 0 else 'more'} than equal weights"
+                sentences.append(f"Control, {name}: the other unit {said}, change against change {more.text()}.")
     return sentences
 
 
