@@ -86,7 +86,7 @@ def test_the_auxiliary_weight_is_relative_to_the_primarys():
 def made_up(ial_accuracy):
     """Results of ten seeds and two shares, in which all others have 80 %."""
     config = ial.Config(wrong=(0, 100), weights=(), methods=(ial.SINGLE, ial.EQUAL, ial.IAL))
-    luck = np.random.default_rng(0).normal(0, 1e-3, (3, 10, 2))
+    luck = np.random.default_rng(0).normal(0, 1e-4, (3, 10, 2))
     accuracy = [np.full(1, 0.8), np.full(2, 0.8), np.array(ial_accuracy)]
     results = {
         name: {

@@ -46,7 +46,7 @@ METHODS = {  # those under one budget, by the names they have in tables
 }
 _LINES = {  # colour and style of each method's curve
     EQUAL: (_plots.LINE_COLORS[0], "-"),
-    TUNED: (_plots.LINE_COLORS[0], ":"),
+    TUNED: (_plots.LINE_COLORS[2], "-."),
     "uncertainty": (_plots.LINE_COLORS[3], "-"),
     "grad_cosine": (_plots.LINE_COLORS[4], "-"),
     "pcd": (_plots.LINE_COLORS[5], "-"),
@@ -302,7 +302,7 @@ def report(config: Config, results: _study.Results) -> _study.Report:
                     _picture(config, accuracy, weights),
                     "Left: the primary task's accuracy against the share of wrong auxiliary labels. Right: the "
                     "auxiliary tasks' mean weight relative to the primary's, over the whole training. Bands are one "
-                    "standard error.",
+                    "standard error; a weight of zero is not drawn.",
                 )
             ],
             data={},
@@ -441,7 +441,7 @@ def _picture(config: Config, accuracy: Mapping[str, np.ndarray], weights: Mappin
     fig = figure.Figure(figsize=(11, 4.6), layout="constrained")
     left, right = fig.subplots(1, 2)
     shares = np.array(config.wrong)
-    _plots.curve(left, shares, accuracy[SINGLE], color="black", label=SINGLE, linestyle=(0, (1, 1)))
+    _plots.curve(left, shares, accuracy[SINGLE], color="black", label=SINGLE, linestyle=":")
     for name, of in accuracy.items():
         if name != SINGLE:
             color, style = _LINES[name]
