@@ -118,7 +118,7 @@ def protocol(config: Config) -> list[str]:
         f"{config.steps:,} steps of Adam, learning rate {config.learning_rate:g}, batches of {config.batch_size} of "
         f"{config.train_size:,} training examples, every method with its default arguments (dwa is told how long an "
         "epoch is). The learning rate was chosen from 0.003, 0.01 and 0.03 on other seeds, for the smallest error of "
-        "the main task alone and of equal weights. Noise, width, number of examples and of steps were settled in pilots "
+        "the main task alone and of equal weights. Noise, width, examples and steps were settled in pilots "
         "too, so that a relevant auxiliary task helps and an irrelevant one does harm; HydaLearn's results there were "
         "seen, and nothing was changed after them.",
         f"HydaLearn's trial steps are plain gradient steps of {config.learning_rate:g} (the library's reading; the "
