@@ -217,8 +217,8 @@ def make_problem(config: Config, weights: np.ndarray | None = None) -> _training
         params=jax.tree.map(lambda *leaves: along(np.stack(leaves), 2), *(first_params(config, s) for s in seeds)),
         data={
             "seed": along(np.arange(config.seeds, dtype=np.int32), 2),
-            "start": along(np.float32([drift.start for drift in SETTINGS.values()]), 1),
-            "end": along(np.float32([drift.end for drift in SETTINGS.values()]), 1),
+            "start": along(np.array([drift.start for drift in SETTINGS.values()], np.float32), 1),
+            "end": along(np.array([drift.end for drift in SETTINGS.values()], np.float32), 1),
             "weights": along(np.asarray(weights, np.float32), 0),
         },
         batches=along(np.stack([_batches(config, seed) for seed in seeds]), 2),
@@ -418,11 +418,12 @@ def _shares(weights: np.ndarray) -> np.ndarray:
 def _relevance(config: Config) -> np.ndarray:
     """`(settings, records, A)`, in the middle of each record."""
     progress = (np.arange(config.records, dtype=np.float32)[:, None] + 0.5) / config.records
-    of_settings = [
-        _drift_data.relevance(np.float32(drift.start)[None], np.float32(drift.end)[None], progress)
-        for drift in SETTINGS.values()
-    ]
-    return np.stack(of_settings)
+    return np.stack(
+        [
+            _drift_data.relevance(*(np.array([ends], np.float32) for ends in (drift.start, drift.end)), progress)
+            for drift in SETTINGS.values()
+        ]
+    )
 
 
 def report(config: Config, results: _study.Results) -> _study.Report:
@@ -771,7 +772,7 @@ def _picture(config: Config, results: _study.Results, relevance: np.ndarray) -> 
             ax.set_ylim(-0.03, 1.03)
             if i == 0:
                 ax.set_title(f"{method}: weights", fontsize=10)
-        curves = {
+        curves: dict[str, np.ndarray] = {
             _ALONE_NAME: alone[i],
             _EQUAL_WEIGHTS: equal[i],
             **{method: results[method]["errors"][i, :, :, 0] for method in shown},
