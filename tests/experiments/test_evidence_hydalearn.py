@@ -61,7 +61,7 @@ def losses_with_outputs_of_zero(weights, step):
 def test_the_auxiliary_labels_drift_as_said_and_the_known_relevance_is_the_weight():
     weights = np.float32([(1, 1, 1), (1, 0.3, 3), (np.nan,) * 3])
     train = _drift_data.examples(
-        1,
+        CONFIG.first_seed + 1,
         {"train": CONFIG.train_size},
         features=CONFIG.features,
         directions=CONFIG.directions,
