@@ -38,9 +38,7 @@ SETTINGS: Mapping[str, Drift] = {
 AUXILIARIES = 2
 
 
-def relevance(
-    start: jax.Array | np.ndarray, end: jax.Array | np.ndarray, progress: jax.Array | np.ndarray
-) -> jax.Array:
+def relevance(start: jax.Array, end: jax.Array, progress: jax.Array) -> jax.Array:
     """`(A,)` at `progress` in [0, 1] of the training."""
     return start + (end - start) * (1 - jnp.cos(jnp.pi * progress)) / 2
 

@@ -177,7 +177,7 @@ def make_problem(config: Config, weights: np.ndarray | None = None) -> _training
     ]
     # Constants of the program, in which each run looks up its own seed: in `data`, every run would have a copy.
     train, validation, test = (
-        _drift_data.Examples(*(jnp.asarray(np.stack(a)) for a in zip(*(sets[name] for sets in of_seeds), strict=True)))
+        jax.tree.map(lambda *arrays: jnp.asarray(np.stack(arrays)), *(sets[name] for sets in of_seeds))
         for name in sizes
     )
     shape = (len(weights), len(SETTINGS), config.seeds)
@@ -417,13 +417,12 @@ def _shares(weights: np.ndarray) -> np.ndarray:
 
 def _relevance(config: Config) -> np.ndarray:
     """`(settings, records, A)`, in the middle of each record."""
-    progress = (np.arange(config.records, dtype=np.float32)[:, None] + 0.5) / config.records
-    return np.stack(
-        [
-            _drift_data.relevance(*(np.array([ends], np.float32) for ends in (drift.start, drift.end)), progress)
-            for drift in SETTINGS.values()
-        ]
-    )
+    progress = (jnp.arange(config.records, dtype=jnp.float32)[:, None] + 0.5) / config.records
+    of_settings = [
+        _drift_data.relevance(jnp.array([drift.start], jnp.float32), jnp.array([drift.end], jnp.float32), progress)
+        for drift in SETTINGS.values()
+    ]
+    return np.stack(of_settings)
 
 
 def report(config: Config, results: _study.Results) -> _study.Report:
