@@ -151,7 +151,7 @@ def protocol(config: Config) -> list[str]:
 
 
 class _Runs(NamedTuple):
-    """What tells one run from another, leaves `(R, ...)`.
+    """What tells one run from another, leaves `(R, ...)`; traced within a program, without `R`.
 
     Attributes:
       params: first parameters.
@@ -162,10 +162,10 @@ class _Runs(NamedTuple):
     """
 
     params: Any
-    rates: np.ndarray
-    scales: np.ndarray
-    batches: np.ndarray
-    held: np.ndarray
+    rates: Any
+    scales: Any
+    batches: Any
+    held: Any
 
 
 class _Material(NamedTuple):
@@ -183,7 +183,8 @@ def _seeds(config: Config) -> list[int]:
 
 @functools.lru_cache(maxsize=1)
 def _material(config: Config) -> _Material:
-    tables, batches, held = [], [], []
+    tables: list[_mao_data.Canvases] = []
+    batches, held = [], []
     for i, seed in enumerate(_seeds(config)):
         judge = "test" if seed < _FIRST_PILOT else "validation"
         made = _mao_data.canvases(seed, config.train_size, config.held_size, held=judge)
@@ -234,7 +235,7 @@ def _layer(path: str) -> str:
     return path.rpartition("/")[0]  # "layers/0/kernel" and "layers/0/bias" are one
 
 
-def _given(task_grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+def _given(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
     """What `monitor` watches: the trunk's part of an update that has been made from all parameters."""
     return extra_args["update"], state
 
@@ -255,7 +256,8 @@ def _program(config: Config, method: str, num_tasks: int) -> Callable[[_Runs], d
 
         def shares_of(params: Any, task_grads: Any, updates: Any) -> jax.Array:
             state: Any = watched.init(params["trunk"])
-            return watched.update(task_grads["trunk"], state, update=updates["trunk"])[1].shares[0]
+            _, state = watched.update(task_grads["trunk"], state, update=updates["trunk"])
+            return state.shares[0]
 
         def step(carry: Any, rows_and_look: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
             params, opt_state = carry
@@ -270,7 +272,8 @@ def _program(config: Config, method: str, num_tasks: int) -> Callable[[_Runs], d
             carry, shares = lax.scan(step, carry, (batches, jnp.array(seen)))
             return carry, jnp.sum(shares, axis=0) / int(seen.sum())
 
-        (params, _), shares = lax.scan(record, (run.params, tx.init(run.params)), run.batches)
+        start: Any = run.params, tx.init(run.params)
+        (params, _), shares = lax.scan(record, start, run.batches)
         scores = _mao_data.scores(nnx.merge(graph, params)(images[run.held]), targets[run.held])
         return {"scores": scores, "shares": shares}
 
@@ -282,8 +285,7 @@ def _program_alone(config: Config, num_tasks: int) -> Callable[[_Runs], dict[str
     graph, _ = _network(config, num_tasks, jax.random.key(0))
 
     def train(run: _Runs, images: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
-        rate: Any = run.rates
-        tx = optax.adam(rate)
+        tx = optax.adam(run.rates)
 
         def loss_of(params: Any, rows: jax.Array) -> jax.Array:
             return jnp.sum(run.scales * _mao_data.losses(nnx.merge(graph, params)(images[rows]), targets[rows]))
@@ -294,7 +296,8 @@ def _program_alone(config: Config, num_tasks: int) -> Callable[[_Runs], dict[str
             return (optax.apply_updates(params, updates), opt_state), None
 
         batches = run.batches.reshape(-1, run.batches.shape[-1])
-        (params, _), _ = lax.scan(step, (run.params, tx.init(run.params)), batches)
+        start: Any = run.params, tx.init(run.params)
+        (params, _), _ = lax.scan(step, start, batches)
         return {"scores": _mao_data.scores(nnx.merge(graph, params)(images[run.held]), targets[run.held])}
 
     return _compiled(config, train)
