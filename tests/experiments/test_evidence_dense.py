@@ -1,3 +1,4 @@
+import functools
 import socket
 
 import jax
@@ -87,7 +88,7 @@ def test_balls_are_round(scenes):
         # p = centre + radius * n, in least squares; two balls in a scene do not fit one.
         centred_p, centred_n = p - p.mean(axis=0), n - n.mean(axis=0)
         radius = np.sum(centred_p * centred_n) / np.sum(centred_n**2)
-        found += np.abs(centred_p - radius * centred_n).max() < 1e-4 and 0.3 <= radius <= 0.7
+        found += np.abs(centred_p - radius * centred_n).max() < 1e-4 and 0.4 <= radius <= 0.8
     assert found >= 2
 
 
@@ -103,7 +104,7 @@ def test_normals_from_disparity_are_those_of_the_plane():
     x, y = (columns - _scenes._CENTRE[0]) / _scenes._FOCAL, (rows - _scenes._CENTRE[1]) / _scenes._FOCAL
     one_over_depth = -(x * normal[0] + y * normal[1] + normal[2]) / 2.0  # two metres from the camera
     normals, _ = _scenes.normals_of(_scenes._BASELINE * _scenes._FOCAL * one_over_depth)
-    np.testing.assert_allclose(normals[20:-20, 20:-20], np.broadcast_to(normal, (260, 360, 3)), atol=1e-6)
+    np.testing.assert_allclose(normals[20:-20, 20:-20], np.broadcast_to(normal, (260, 360, 3)), atol=3e-4)
 
 
 def test_the_motorcycle_is_measured():
@@ -154,13 +155,20 @@ def test_mean_intersection_over_union_counts_by_hand(monkeypatch):
     np.testing.assert_allclose([first, second], [50, 100 * 2 / 3], rtol=1e-5)  # one half in both classes
 
 
-def test_a_single_task_is_trained_by_its_own_loss_alone(scenes):
-    params = _encoder_decoder.init(jax.random.key(0), 4, 4)
-    weights = jnp.array([0.0, 1.0, 0.0])
-    grads = jax.grad(lambda p: jnp.vdot(weights, _encoder_decoder.losses(p, scenes.test)))(params)
-    zero = jax.tree.map(lambda g: not np.any(g), grads["heads"])
-    assert zero == {task: {"kernel": task != "depth", "bias": task != "depth"} for task in _encoder_decoder.TASKS}
-    assert all(np.any(g) for g in jax.tree.leaves(grads["trunk"]))
+def test_networks_side_by_side_do_not_touch_each_other():
+    weights = [(0, 1, 0), (3, 1, 1)]
+    one = dense._problem(dense.QUICK, "scenes")
+    both = dense._side_by_side(one, weights)
+    params, data, batch = jax.tree.map(lambda leaf: leaf[0], (both.params, one.data, one.batches[:, 0, 0]))
+    grads = jax.jit(jax.grad(lambda p: both.losses(p, data, batch).sum()))(params)
+    for k, row in enumerate(weights):
+        own = jax.tree.map(lambda leaf, k=k: leaf[k], params)
+        jax.tree.map(np.testing.assert_array_equal, own, jax.tree.map(lambda leaf: leaf[0], one.params))
+        expected = jax.jit(jax.grad(lambda p, row=row: jnp.vdot(jnp.float32(row), one.losses(p, data, batch))))(own)
+        found = jax.tree.map(lambda leaf, k=k: leaf[k], grads)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), found, expected)
+        zero = {task: not np.any(found["heads"][task]["kernel"]) for task in _encoder_decoder.TASKS}
+        assert zero == {task: not weight for task, weight in zip(_encoder_decoder.TASKS, row, strict=True)}
 
 
 # -- The report ----------------------------------------------------------------
@@ -224,6 +232,6 @@ def test_the_best_fixed_weights_may_win():
 
 def test_every_run_has_a_cell_and_photographs_may_be_left_out():
     names = [cell.name for cell in dense.cells(dense.Config())]
-    assert len(names) == len(set(names)) == 3 + 3 + 13 + 3 + 4
-    assert {"scenes: only depth", "scenes: 1:3:1", "scenes: mao", "photograph: upgrad"} <= set(names)
+    assert len(names) == len(set(names)) == 1 + 13 + 1 + 4
+    assert {"scenes: fixed weights", "scenes: mao", "photograph: fixed weights", "photograph: upgrad"} <= set(names)
     assert all(name.startswith("scenes") for name in (cell.name for cell in dense.cells(dense.QUICK)))

@@ -111,8 +111,8 @@ def _around(params: Any, x: jax.Array) -> jax.Array:
     """A 3 x 3 convolution."""
     height, width = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    around = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return _dense(params, jnp.concatenate(around, axis=-1))
+    above = jnp.concatenate([padded[:, i : i + height] for i in range(3)], axis=-1)
+    return _dense(params, jnp.concatenate([above[:, :, i : i + width] for i in range(3)], axis=-1))
 
 
 def _dense(params: Any, x: jax.Array) -> jax.Array:

@@ -152,7 +152,7 @@ def _render(rng: np.random.Generator, photographs: Sequence[str], number: int) -
     colors = _colors(rng, photographs, nearest, pick([s.at for s in surfaces]), len(surfaces))
     light = np.stack([rng.uniform(-1, 1, number), -rng.uniform(0.5, 1.5, number), -rng.uniform(0.2, 1, number)], axis=1)
     light /= np.linalg.norm(light, axis=1, keepdims=True)
-    ambient = rng.uniform(0.25, 0.45, (number, 1))
+    ambient = rng.uniform(0.2, 0.35, (number, 1))
     shade = ambient + (1 - ambient) * np.maximum(np.einsum("npk,nk->np", normals, light), 0)
     images = colors * shade[..., None] + rng.normal(scale=0.02, size=colors.shape)
 
@@ -186,7 +186,7 @@ def _textures(rng: np.random.Generator, photographs: Sequence[str], number: int)
         side = factor * _TEXELS
         top, left = rng.integers(image.shape[0] - side + 1), rng.integers(image.shape[1] - side + 1)
         crop = image[top : top + side, left : left + side].reshape(_TEXELS, factor, _TEXELS, factor, 3)
-        texture[:] = 0.2 + 0.8 * crop.mean(axis=(1, 3)) / 255
+        texture[:] = 0.3 + 0.7 * crop.mean(axis=(1, 3)) / 255
     return bank
 
 
@@ -213,12 +213,12 @@ def _places(rng: np.random.Generator, half: np.ndarray, height: np.ndarray) -> t
     """Centres `(N, 3)` of things so high (half of it), on the floor or floating over it; and whether they are there."""
     number = len(height)
     lift = np.maximum(rng.uniform(-1, 0.6, number), 0)
-    centre = np.stack([rng.uniform(-1.2, 1.2, number), height - half - lift, rng.uniform(2, 4, number)], axis=1)
-    return centre, rng.random((number, 1)) < 0.75
+    centre = np.stack([rng.uniform(-1.2, 1.2, number), height - half - lift, rng.uniform(2, 3.6, number)], axis=1)
+    return centre, rng.random((number, 1)) < 0.8
 
 
 def _ball(rng: np.random.Generator, rays: np.ndarray, height: np.ndarray) -> _Hits:
-    radius = rng.uniform(0.3, 0.7, len(rays))
+    radius = rng.uniform(0.4, 0.8, len(rays))
     centre, there = _places(rng, radius, height)
     a, b = np.sum(rays**2, axis=-1), np.einsum("npk,nk->np", rays, centre)
     inside = b**2 - a * (np.sum(centre**2, axis=1) - radius**2)[:, None]
@@ -232,7 +232,7 @@ def _ball(rng: np.random.Generator, rays: np.ndarray, height: np.ndarray) -> _Hi
 
 def _box(rng: np.random.Generator, rays: np.ndarray, height: np.ndarray) -> _Hits:
     """A cuboid, turned and tilted. Seen in its own axes, where its sides are three pairs of planes."""
-    half = rng.uniform(0.2, 0.55, (len(rays), 3))
+    half = rng.uniform(0.3, 0.65, (len(rays), 3))
     centre, there = _places(rng, half[:, 1], height)
     turn, tilt = rng.uniform(0, np.pi, len(rays)), rng.uniform(-0.4, 0.4, len(rays))
     zero, one = np.zeros(len(rays)), np.ones(len(rays))

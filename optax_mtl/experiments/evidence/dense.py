@@ -20,6 +20,7 @@ from optax_mtl.experiments.evidence._dense_report import EQUAL, SINGLE, TASKS, T
 
 SOURCES = {"scenes": _scenes.scenes, "photograph": _scenes.motorcycle}
 _CLASSES = {"scenes": _scenes.CLASSES, "photograph": _scenes.LAYERS}
+_FIXED = "fixed weights"  # the cell of all runs with such
 _SHOWN = {"scenes": 0, "photograph": 0}  # the test image in the picture, of the first seed
 
 
@@ -48,7 +49,7 @@ class Config:
     learning_rate: float = 5e-3
     width: int = 8
     train_size: int = 512
-    test_size: int = 96
+    test_size: int = 64
     methods: tuple[str, ...] = (
         EQUAL,
         "uncertainty",
@@ -70,9 +71,9 @@ class Config:
 
 QUICK = Config(
     seeds=2,
-    steps=2,
+    steps=10,
     records=1,
-    batch_size=2,
+    batch_size=4,
     width=4,
     train_size=8,
     test_size=6,
@@ -99,7 +100,7 @@ def protocol(config: Config) -> list[str]:
         "every run, and every method's default arguments (but dwa is told how long an epoch is, and uncertainty "
         "which task is a classification).",
         "The learning rate was chosen for equal weighting and the single-task networks, from 0.002, 0.005 and 0.01, in "
-        "a pilot run with other seeds.",
+        "a pilot run on other scenes.",
         "mao is itself one Adam a task with that learning rate, their steps summed, so that its trunk moves up to "
         "three times as far in a step.",
         f"Seeds: {config.seeds}. A seed fixes photographs, scenes, first weights and order of the batches, the same "
@@ -132,43 +133,66 @@ def protocol(config: Config) -> list[str]:
 
 
 def cells(config: Config) -> list[_study.Cell]:
-    """One a run: a source of images, and a method or fixed weights."""
+    """For each source of images: one for all runs with fixed weights, and one a method."""
     return [
-        _study.Cell(
-            f"{source}: {name}",
-            functools.partial(_run, config, source, EQUAL if weights else name, weights),
-            config.records,
-        )
+        _study.Cell(f"{source}: {name}", functools.partial(run, config, source), config.records)
         for source in SOURCES
-        for name, weights in _plan(config, source).items()
+        if _methods(config, source)
+        for name, run in {
+            _FIXED: _run_fixed,
+            **{method: functools.partial(_run_method, method) for method in _methods(config, source)},
+        }.items()
     ]
 
 
-def _plan(config: Config, source: str) -> dict[str, tuple[float, ...]]:
-    """The runs by name, and their weights where these are fixed. A single task is one that has all the weight."""
-    methods = config.methods if source == "scenes" else config.photograph_methods
-    if not methods:
-        return {}
-    alone: dict[str, tuple[float, ...]] = {f"only {task}": tuple(float(task == t) for t in TASKS) for task in TASKS}
-    fixed = {_ratio(weights): weights for weights in config.fixed if source == "scenes"}
-    return alone | fixed | dict.fromkeys(methods, ())
+def _methods(config: Config, source: str) -> tuple[str, ...]:
+    return config.methods if source == "scenes" else config.photograph_methods
+
+
+def _fixed(config: Config, source: str) -> dict[str, tuple[float, ...]]:
+    """The runs with fixed weights. A single-task network is one in which one task has all the weight."""
+    alone = {f"only {task}": tuple(float(task == other) for other in TASKS) for task in TASKS}
+    return alone | {_ratio(weights): weights for weights in config.fixed if source == "scenes"}
 
 
 def _ratio(weights: Sequence[float]) -> str:
     return ":".join(f"{weight:g}" for weight in weights)
 
 
-def _run(
-    config: Config, source: str, method: str, weights: tuple[float, ...], advance: _training.Advance
-) -> _study.Arrays:
-    problem = _problem(config, source)
-    if weights:  # one loss, and so one gradient
-        losses, shares = problem.losses, jnp.asarray(weights, jnp.float32) / sum(weights)
-        problem = replace(problem, losses=lambda *args: jnp.vdot(shares, losses(*args))[None])
+def _run_method(method: str, config: Config, source: str, advance: _training.Advance) -> _study.Arrays:
+    return _run(method, len(TASKS), _problem(config, source), config, advance)
 
+
+def _run_fixed(config: Config, source: str, advance: _training.Advance) -> _study.Arrays:
+    """All in one program. What is found has an axis for the networks, before those of a single one."""
+    weights = list(_fixed(config, source).values())
+    return _run(EQUAL, 1, _side_by_side(_problem(config, source), weights), config, advance)
+
+
+def _side_by_side(problem: _training.Problem, weights: Sequence[Sequence[float]]) -> _training.Problem:
+    """A network for each row of weights, under the sum of all their losses.
+
+    Adam goes number by number, and no number is in two networks: each is trained as if it were alone.
+    """
+    shares = jnp.asarray(weights, jnp.float32)
+
+    def losses(params: Any, data: Any, batch: jax.Array) -> jax.Array:
+        return jnp.vdot(shares, jax.vmap(lambda network: problem.losses(network, data, batch))(params))[None]
+
+    return replace(
+        problem,
+        losses=losses,
+        evaluate=lambda params, data: jax.vmap(lambda network: problem.evaluate(network, data))(params),
+        params=jax.tree.map(lambda leaf: jnp.stack([leaf] * len(weights), axis=1), problem.params),
+    )
+
+
+def _run(
+    method: str, num_tasks: int, problem: _training.Problem, config: Config, advance: _training.Advance
+) -> _study.Arrays:
     def build(key: jax.Array) -> optax.GradientTransformation:
         setting = _registry.Setting(
-            num_tasks=1 if weights else len(TASKS),
+            num_tasks=num_tasks,
             learning_rate=config.learning_rate,
             optimizer=optax.adam(config.learning_rate),
             key=key,
@@ -212,12 +236,13 @@ def report(config: Config, results: _study.Results) -> _study.Report:
     """Table, findings and pictures."""
     outcomes = {}
     for source in SOURCES:
-        if plan := _plan(config, source):
-            finals = {name: results[f"{source}: {name}"]["metrics"][:, -1] for name in plan}
+        if methods := _methods(config, source):
+            runs = [*_fixed(config, source), *methods]
+            finals = {name: _found(config, results, source, name, "metrics")[:, -1] for name in runs}
             fixed = [_ratio(weights) for weights in config.fixed if source == "scenes"]
             outcomes[source] = _dense_report.outcome(finals, fixed)
-    scenes, methods = outcomes["scenes"], [method for method in config.methods if method != EQUAL]
-    findings = _dense_report.findings(scenes, methods)
+    scenes, others = outcomes["scenes"], [method for method in config.methods if method != EQUAL]
+    findings = _dense_report.findings(scenes, others)
     findings.append(_dense_report.conflicts(results[f"scenes: {EQUAL}"]["cosines"]))
     legend = (
         f"Means over {config.seeds} seeds, the best Δm first, with its standard error. Arrows: which way is better."
@@ -256,20 +281,28 @@ def report(config: Config, results: _study.Results) -> _study.Report:
         data={},
         details=details,
     )
-    return _study.Report(section, _dense_report.rows(outcomes), _dense_report.verdict(scenes, methods))
+    return _study.Report(section, _dense_report.rows(outcomes), _dense_report.verdict(scenes, others))
+
+
+def _found(config: Config, results: _study.Results, source: str, name: str, what: str) -> np.ndarray:
+    """What a run has found, whether it had a cell of its own or not."""
+    fixed = list(_fixed(config, source))
+    if name not in fixed:
+        return results[f"{source}: {name}"][what]
+    together = results[f"{source}: {_FIXED}"][what]  # (S, records, networks, metrics), or (networks, H, W, ...)
+    return np.take(together, fixed.index(name), axis=2 if what == "metrics" else 0)
 
 
 def _shown(config: Config, results: _study.Results, source: str, of: _dense_report.Outcome) -> _dense_report.Shown:
     """A test image beside its truth: single-task networks, equal weighting, and the best method."""
-    methods = config.methods if source == "scenes" else config.photograph_methods
-    best = _dense_report.best(of, [method for method in methods if method != EQUAL] or [EQUAL])
+    best = _dense_report.best(of, [name for name in _methods(config, source) if name != EQUAL] or [EQUAL])
     runs = {SINGLE: [f"only {task}" for task in TASKS], "equal weighting": [EQUAL] * 3, best: [best] * 3}
     test = SOURCES[source](0, config.train_size, config.test_size).test
     return _dense_report.Shown(
         title={"scenes": "A test scene", "photograph": "A real photograph"}[source],
         truth=_scenes.Scenes(*(field[_SHOWN[source]] for field in test)),
         seen={
-            name: [results[f"{source}: {run}"][task] for run, task in zip(three, TASKS, strict=True)]
+            name: [_found(config, results, source, run, task) for run, task in zip(three, TASKS, strict=True)]
             for name, three in runs.items()
         },
         classes=len(_CLASSES[source]),
