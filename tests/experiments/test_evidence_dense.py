@@ -232,6 +232,6 @@ def test_the_best_fixed_weights_may_win():
 
 def test_every_run_has_a_cell_and_photographs_may_be_left_out():
     names = [cell.name for cell in dense.cells(dense.Config())]
-    assert len(names) == len(set(names)) == 1 + 13 + 1 + 4
+    assert len(names) == len(set(names)) == 1 + 11 + 1 + 2
     assert {"scenes: fixed weights", "scenes: mao", "photograph: fixed weights", "photograph: upgrad"} <= set(names)
     assert all(name.startswith("scenes") for name in (cell.name for cell in dense.cells(dense.QUICK)))
