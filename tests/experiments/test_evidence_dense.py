@@ -1,3 +1,4 @@
+from dataclasses import replace
 import functools
 import socket
 
@@ -235,3 +236,29 @@ def test_every_run_has_a_cell_and_photographs_may_be_left_out():
     assert len(names) == len(set(names)) == 1 + 11 + 1 + 2
     assert {"scenes: fixed weights", "scenes: mao", "photograph: fixed weights", "photograph: upgrad"} <= set(names)
     assert all(name.startswith("scenes") for name in (cell.name for cell in dense.cells(dense.QUICK)))
+
+
+def test_the_report_has_all_runs_of_both_sources():
+    config = replace(dense.QUICK, seeds=3, fixed=((3, 1, 1),), photograph_methods=("linear_scalarization", "upgrad"))
+    rng = np.random.default_rng(0)
+    results = {}
+    for cell in dense.cells(config):
+        networks = () if "fixed" not in cell.name else (4,) if "scenes" in cell.name else (3,)
+        results[cell.name] = {
+            "metrics": SINGLE + rng.random((3, 1, *networks, 8)),
+            "weights": rng.random((3, 1, 3)),
+            "cosines": rng.random((3, 1, 3, 3)),
+            "segmentation": rng.integers(3, size=(*networks, 32, 32)),
+            "depth": 2 + 4 * rng.random((*networks, 32, 32)),
+            "normals": rng.uniform(-1, 1, (*networks, 32, 32, 3)),
+        }
+    found = dense.report(config, results)
+    assert {(row["images"], row["run"]) for row in found.rows} == {
+        *(("scenes", run) for run in ("single-task networks", "3:1:1", "best fixed weights", *config.methods)),
+        *(("photograph", run) for run in ("single-task networks", *config.photograph_methods)),
+    }
+    depth = results["scenes: fixed weights"]["metrics"][:, 0, 1, 2]  # of the network for depth alone
+    told = [row["depth error, m"] for row in found.rows if row["run"] == "single-task networks"][:3]
+    np.testing.assert_allclose(told, depth)
+    assert [picture.name for picture in found.section.pictures] == ["dense.png", "dense-images.png"]
+    assert any("real photograph" in finding for finding in found.section.findings)
