@@ -181,7 +181,7 @@ def _textures(rng: np.random.Generator, photographs: Sequence[str], number: int)
     """Square crops of 48 to 192 pixels, averaged down, and brightened a little, so that shading can be seen."""
     bank = np.empty((number, _TEXELS, _TEXELS, 3))
     for texture in bank:
-        image = photograph(photographs[rng.integers(len(photographs))])
+        image = photograph(photographs[int(rng.integers(len(photographs)))])
         factor = int(rng.integers(3, 13))
         side = factor * _TEXELS
         top, left = rng.integers(image.shape[0] - side + 1), rng.integers(image.shape[1] - side + 1)

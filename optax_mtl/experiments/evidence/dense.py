@@ -214,7 +214,7 @@ def _problem(config: Config, source: str) -> _training.Problem:
         return _encoder_decoder.losses(params, jax.tree.map(lambda field: field[batch], data.train))
 
     def evaluate(params: Any, data: _scenes.Split) -> dict[str, jax.Array]:
-        image = jnp.asarray(data.test.images[_shown_image(config, source)])
+        image = jnp.asarray(data.test.images[_shown(source, data.test)])
         logits, depth, normals = _encoder_decoder.predict(params, image[None])
         shown = (jnp.argmax(logits[0], axis=-1), depth[0], normals[0])
         return {"metrics": _encoder_decoder.metrics(params, data.test), **dict(zip(TASKS, shown, strict=True))}
@@ -230,8 +230,8 @@ def _problem(config: Config, source: str) -> _training.Problem:
     )
 
 
-def _shown_image(config: Config, source: str) -> int:
-    return min(_SHOWN[source], config.test_size - 1)
+def _shown(source: str, test: _scenes.Scenes) -> int:
+    return min(_SHOWN[source], len(test.images) - 1)
 
 
 def report(config: Config, results: _study.Results) -> _study.Report:
@@ -270,7 +270,7 @@ def report(config: Config, results: _study.Results) -> _study.Report:
             ),
             _report.Picture(
                 "dense-images.png",
-                _dense_report.images([_shown(config, results, source, of) for source, of in outcomes.items()]),
+                _dense_report.images([_beside_truth(config, results, source, of) for source, of in outcomes.items()]),
                 "A test image of the first seed, its truth, and what three trainings see in it."
                 + (
                     " Where the real photograph's truth is white or grey, it is not known."
@@ -295,14 +295,16 @@ def _found(config: Config, results: _study.Results, source: str, name: str, what
     return np.take(together, fixed.index(name), axis=2 if what == "metrics" else 0)
 
 
-def _shown(config: Config, results: _study.Results, source: str, of: _dense_report.Outcome) -> _dense_report.Shown:
+def _beside_truth(
+    config: Config, results: _study.Results, source: str, of: _dense_report.Outcome
+) -> _dense_report.Shown:
     """A test image beside its truth: single-task networks, equal weighting, and the best method."""
     best = _dense_report.best(of, [name for name in _methods(config, source) if name != EQUAL] or [EQUAL])
     runs = {"single-task": [f"only {task}" for task in TASKS], "equal": [EQUAL] * 3, best: [best] * 3}
     test = SOURCES[source](0, config.train_size, config.test_size).test
     return _dense_report.Shown(
         title={"scenes": "A test scene", "photograph": "A real photograph"}[source],
-        truth=_scenes.Scenes(*(field[_shown_image(config, source)] for field in test)),
+        truth=_scenes.Scenes(*(field[_shown(source, test)] for field in test)),
         seen={
             name: [_found(config, results, source, run, task) for run, task in zip(three, TASKS, strict=True)]
             for name, three in runs.items()
