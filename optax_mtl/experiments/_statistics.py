@@ -31,7 +31,7 @@ def distinguishable(difference: Estimate) -> bool:
     return abs(difference.mean) > 2 * difference.error
 
 
-def delta_m(scores: np.ndarray, single: np.ndarray, more_is_better: Sequence[bool] | bool = True) -> np.ndarray:
+def delta_m(scores: np.ndarray, single: np.ndarray, more_is_better: np.ndarray | bool = True) -> np.ndarray:
     """Relative gain over single-task networks in percent, averaged over the tasks or their metrics.
 
     Maninis, Radosavovic, Kokkinos, "Attentive single-tasking of multiple tasks", CVPR 2019.

@@ -53,7 +53,7 @@ def outcome(finals: Mapping[str, np.ndarray], fixed: Sequence[str]) -> Outcome:
     def gain(values: np.ndarray, of: np.ndarray) -> np.ndarray:
         return _statistics.delta_m(values[:, of], single[:, of], _MORE_IS_BETTER[of])
 
-    every, of_each = np.full(len(_OF_TASK), True), [task == _OF_TASK for task in range(len(TASKS))]
+    every, of_each = np.full(len(_OF_TASK), True), [np.equal(_OF_TASK, task) for task in range(len(TASKS))]
     return Outcome(
         metrics={SINGLE: single, **runs},
         gains={name: gain(values, every) for name, values in runs.items()},
@@ -230,7 +230,9 @@ class Shown(NamedTuple):
 def images(blocks: Sequence[Shown]) -> figure.Figure:
     """A block of four columns a test image: itself, segmentation, depth, normals; a row a run, below the truth."""
     fig = figure.Figure(figsize=(5.6 * len(blocks) + 0.4, 5.7), layout="constrained")
-    for part, shown in zip(np.atleast_1d(fig.subfigures(1, len(blocks))), blocks, strict=True):
+    side_by_side = fig.add_gridspec(1, len(blocks))
+    for i, shown in enumerate(blocks):
+        part = fig.add_subfigure(side_by_side[i])
         part.suptitle(shown.title, weight="bold")
         grid = part.subplots(len(shown.seen) + 1, 4)
         for ax in grid.flat:

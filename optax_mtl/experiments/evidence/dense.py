@@ -4,7 +4,7 @@ The benchmark that most methods' papers end with (NYUv2 and Cityscapes: Liu, Joh
 learning with attention", CVPR 2019), in a size that trains on two cores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 import functools
 from typing import Any
@@ -134,12 +134,15 @@ def cells(config: Config) -> list[_study.Cell]:
     return [
         _study.Cell(f"{source}: {name}", functools.partial(run, config, source), config.records)
         for source in SOURCES
-        if _methods(config, source)
-        for name, run in {
-            _FIXED: _run_fixed,
-            **{method: functools.partial(_run_method, method) for method in _methods(config, source)},
-        }.items()
+        for name, run in _runs(config, source).items()
     ]
+
+
+def _runs(config: Config, source: str) -> dict[str, Callable[[Config, str, _training.Advance], _study.Arrays]]:
+    methods = _methods(config, source)
+    if not methods:
+        return {}
+    return {_FIXED: _run_fixed, **{method: functools.partial(_run_method, method) for method in methods}}
 
 
 def _methods(config: Config, source: str) -> tuple[str, ...]:
