@@ -7,7 +7,7 @@ to the *gradients of the shared parameters* is done to the trunk, and each head 
 and `GROUPS` what the command line offers under one name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Setting:
       optimizer: what turns the balanced gradient into a step.
       key: a random key, another for each seed.
       steps_per_epoch: optimiser steps in an epoch.
-      form: `"classification"` or `"regression"`, what the losses are.
+      form: `"classification"` or `"regression"`, what the losses are, all of them or each.
       primary: the task that the methods with a main task serve.
     """
 
@@ -36,7 +36,7 @@ class Setting:
     optimizer: optax.GradientTransformation
     key: jax.Array
     steps_per_epoch: int
-    form: str
+    form: str | Sequence[str]
     primary: int = 0
 
 

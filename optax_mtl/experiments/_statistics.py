@@ -31,19 +31,20 @@ def distinguishable(difference: Estimate) -> bool:
     return abs(difference.mean) > 2 * difference.error
 
 
-def delta_m(scores: np.ndarray, single: np.ndarray) -> np.ndarray:
-    """Relative gain over single-task networks in percent, averaged over the tasks; higher scores are better.
+def delta_m(scores: np.ndarray, single: np.ndarray, more_is_better: np.ndarray | bool = True) -> np.ndarray:
+    """Relative gain over single-task networks in percent, averaged over the tasks or their metrics.
 
     Maninis, Radosavovic, Kokkinos, "Attentive single-tasking of multiple tasks", CVPR 2019.
 
     Args:
       scores: `(S, T)` of a multi-task method, one row a seed.
       single: `(S, T)` of the single-task networks.
+      more_is_better: whether a higher score is the better one, of all or of each.
 
     Returns:
       `(S,)`; positive is better than single-task networks.
     """
-    return 100 * np.mean((scores - single) / single, axis=1)
+    return 100 * np.mean(np.where(more_is_better, 1, -1) * (scores - single) / single, axis=1)
 
 
 class Comparison(NamedTuple):

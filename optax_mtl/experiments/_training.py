@@ -24,14 +24,14 @@ class Problem:
 
     Attributes:
       losses: `losses(params, data, batch)` returns the tasks' losses `(T,)`.
-      evaluate: `evaluate(params, data)` returns one number a task, `(T,)`.
+      evaluate: `evaluate(params, data)` returns one number a task, `(T,)`, or whatever else is to be kept, as a tree.
       params: first parameters of every seed, leaves `(S, *shape)`.
       data: whatever `losses` and `evaluate` look at, leaves `(S, ...)`.
       batches: `(S, records, steps, ...)`: what `losses` is given at each step; one record is kept every `steps` steps.
     """
 
     losses: Callable[[Any, Any, jax.Array], jax.Array]
-    evaluate: Callable[[Any, Any], jax.Array]
+    evaluate: Callable[[Any, Any], Any]
     params: Any
     data: Any
     batches: np.ndarray
@@ -44,7 +44,7 @@ class Record(NamedTuple):
       losses: `(S, records, T)`, mean over the steps of a record.
       weights: `(S, records, T)` of the method's task weights, likewise.
       cosines: `(S, records, T, T)` between the tasks' gradients on the trunk, likewise.
-      scores: `(S, records, T)`, what `evaluate` returned after the last of those steps.
+      scores: `(S, records, T)`, or a tree of `(S, records, ...)`: what `evaluate` returned after these steps.
       shares: `(S, records, B, T)`, each task's share of the update of each leaf, likewise; None unless asked for. See
         `optax_mtl.monitor`, for this and the next.
       update_cosines: `(S, records, B, T)`, between the update of each leaf and the tasks' gradients, likewise.
