@@ -18,6 +18,7 @@ from optax_mtl._oracles import stack_task_grads, task_names, value_and_task_grad
 from optax_mtl._shards import over_axes
 from optax_mtl._sketch import value_and_sketched_grads
 from optax_mtl._split import split
+from optax_mtl._weighting import weighting
 from optax_mtl.methods._adaptive_weight_assignment import adaptive_weight_assignment, adaptive_weight_assignment_weights
 from optax_mtl.methods._aligned_mtl import aligned_mtl, aligned_mtl_weights
 from optax_mtl.methods._apt import apt
@@ -230,6 +231,7 @@ __all__ = [
     "value_and_light_grads",
     "value_and_sketched_grads",
     "value_and_task_grads",
+    "weighting",
 ]
 
 __version__ = "0.1.0"

@@ -48,18 +48,21 @@ def weighting(
 ) -> Weighting:
     """The transformation whose update is `sum_i w_i g_i`, with `w` from `rule`.
 
-    Every weighting is one call of this function. What is the same for all stands here, once: the shape contract, the
-    Gramian (or only its diagonal), the tasks that are absent or not finite, the combination, and the state.
+    Every weighting of this library is one call of this function. What is the same for all stands here, once: the shape
+    contract, the Gramian (or only its diagonal), the tasks that are absent or not finite, the combination, and the
+    state. A weighting of your own works wherever the library's do: in `blockwise`, `shared_and_heads` or
+    `update_every`, with deferred gradients, on meshes.
 
     Args:
-      name: the method's public name, for messages.
+      name: the method's name, for messages.
       num_tasks: `T`.
       rule: `rule(gramian, method_state, *, present, losses, params, task_grads, metric, **extra_args)` returns the
         weights `(T,)` and the method's new state. `gramian` is `(T, T)`, with zero rows and columns for absent tasks
         (only the diagonal if not `needs_gramian`); `present` is `(T,)` of bool; `losses` is `(T,)`, one where a task is
         absent, or None; `metric` has been taken into account. The rule must give what it would give had the absent
         tasks never existed, and must keep their part of its state; their weights are set to zero here.
-        `equal_weights`, `masked_softmax`, `where_present` (in `_base`) and `reciprocal` (in `_solvers`) help with that.
+        (In the library, `equal_weights`, `masked_softmax`, `where_present` of `_base` and `reciprocal` of `_solvers`
+        help with that.)
       init: `init(dtype, params)` returns the method's first state; `dtype` is the weights'.
       needs_gramian: whether the rule looks at more than the diagonal.
       needs_norms: whether it looks at that, or at more. If not, the gradients are read once, to be summed, and only if
@@ -73,6 +76,20 @@ def weighting(
       are given, `update` takes an extra argument `metric`, leaves `(*shape)` and none negative: the Gramian is then
       that of the inner product in which each parameter counts so much. (Where the method sees some of the leaves only,
       under `shared_and_heads` say, the metric of them all will do.)
+
+    Example:
+      >>> import optax_mtl as mtl
+      >>> def softmax_of_losses(num_tasks, temperature):
+      ...     def rule(gramian, state, *, losses, present, **_):
+      ...         logits = jnp.where(present, losses / temperature, -jnp.inf)
+      ...         return jax.nn.softmax(logits), state
+      ...
+      ...     return mtl.weighting("softmax_of_losses", num_tasks, rule, needs_norms=False, needs_losses=True)
+      >>> tx = softmax_of_losses(num_tasks=2, temperature=1.0)
+      >>> state = tx.init(jnp.zeros(3))
+      >>> _, state = tx.update(jnp.ones((2, 3)), state, losses=jnp.array([1.0, 2.0]))
+      >>> state.task_weights.tolist()
+      [0.269, 0.731]
     """
     num_tasks = _base.check_num_tasks(num_tasks)
 

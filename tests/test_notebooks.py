@@ -27,6 +27,7 @@ class ThisInterpreter(AsyncKernelManager):
 
 def test_a_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("OPTAX_MTL_FAST", "1")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
