@@ -156,7 +156,7 @@ def _weight_name(weight: float) -> str:
 
 def _weighted(weight: float) -> Callable[[_registry.Setting], optax.GradientTransformation]:
     weights = (1.0, weight, weight)
-    return lambda s: optax.chain(mtl.linear_scalarization(s.num_tasks, weights=weights), s.optimizer)
+    return lambda s: optax.chain(mtl.linear_scalarization(s.num_tasks, weights=jnp.array(weights)), s.optimizer)
 
 
 def _cell(
