@@ -149,4 +149,4 @@ def test_what_every_experiment_has_found_is_in_the_repository(name):
     config = evidence.module(name).Config()
     if hasattr(config, "seeds"):
         assert len({row["seed"] for row in rows}) == config.seeds >= 10
-    assert f"[{name}]({name}.md)" in (SHOWN / "verdicts.md").read_text()
+    assert f"[{name}](./{name}.md)" in (SHOWN / "verdicts.md").read_text()

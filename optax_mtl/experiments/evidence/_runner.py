@@ -123,6 +123,6 @@ def _write_verdict(name: str, verdict: str, out: pathlib.Path) -> None:
     table = out / "verdicts.md"
     lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
     rows = {line.split("]")[0].removeprefix("| ["): line for line in lines if line.startswith("| [")}
-    rows[name] = f"| [{name}]({name}.md) | {EXPERIMENTS[name]} | {verdict} |"
+    rows[name] = f"| [{name}](./{name}.md) | {EXPERIMENTS[name]} | {verdict} |"
     head = ["| experiment | on trial | found |", "| :-- | :-- | :-- |"]
     table.write_text("\n".join([*head, *(rows[n] for n in EXPERIMENTS if n in rows)]) + "\n", encoding="utf-8")
