@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import re
 import textwrap
 import time
 from typing import Any
@@ -38,7 +39,8 @@ class Table:
     def markdown(self) -> str:
         """For the report."""
         rule = [":--", *["--:"] * (len(self.headers) - 1)]
-        return "\n".join(f"| {' | '.join(row)} |" for row in [self.headers, rule, *self.rows])
+        text = "\n".join(f"| {' | '.join(row)} |" for row in [self.headers, rule, *self.rows])
+        return re.sub(" ([±=<]) ", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", text)  # numbers are not torn apart
 
 
 @dataclass(frozen=True)

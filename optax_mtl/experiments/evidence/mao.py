@@ -75,7 +75,7 @@ class Config:
 
     seeds: int = 12
     steps: int = 400
-    tasks: tuple[int, ...] = (2, 8)
+    tasks: tuple[int, ...] = (2, 4, 8)
     methods: tuple[str, ...] = tuple(METHODS)
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     batch_size: int = 64
