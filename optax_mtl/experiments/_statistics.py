@@ -70,7 +70,9 @@ def paired(values: np.ndarray, others: np.ndarray) -> Comparison:
       A `Comparison` of `values - others`.
     """
     difference = estimate(np.asarray(values, float) - others)
-    if difference.error > 0:
+    if np.isnan(difference.error):  # one seed says nothing
+        p = 1.0
+    elif difference.error > 0:
         p = _two_sided(difference.mean / difference.error, len(values) - 1)
     else:  # all seeds differ by the same
         p = float(difference.mean == 0)

@@ -35,6 +35,7 @@ def test_a_paired_test_is_that_of_scipy():
     assert found.difference.mean == pytest.approx(np.mean(a - b))
     assert _statistics.paired(a, a).p == 1
     assert _statistics.paired(np.ones(3), np.zeros(3)).p == 0  # no seed differs from another
+    assert _statistics.paired(np.ones(1), np.zeros(1)).p == 1  # one seed says nothing
     assert _statistics.Comparison(_statistics.Estimate(1.25, 0.1), 0.0004).text() == "+1.2 ± 0.1 (p < 0.001)"
 
 

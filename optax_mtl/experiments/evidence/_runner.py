@@ -44,6 +44,8 @@ def run(
     for name in names:
         study = module(name)
         fields = {field.name for field in dataclasses.fields(study.Config)}
+        if unused := [f"--{key}" for key, value in options.items() if value is not None and key not in fields]:
+            print(f"\n{name} has no {' and no '.join(unused)}.")
         config = study.QUICK if quick else study.Config()
         config = dataclasses.replace(config, **{k: v for k, v in options.items() if k in fields and v is not None})
         print(f"\n{name}: {EXPERIMENTS[name]}\n{_report.bullets(study.protocol(config), 100)}\n")
@@ -81,7 +83,12 @@ def _results(
             f"{store} keeps runs of other settings or versions ({'; '.join(differing)}). Write --fresh to forget them, "
             "or name another folder with --out"
         )
-    stamped.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
+    if not stamped.exists():
+        for kept in store.glob("*.npz"):  # of nobody knows what
+            kept.unlink()
+        partial = stamped.with_suffix(".partial")
+        partial.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
+        partial.replace(stamped)
     results, seconds = {}, 0.0
     with tqdm.tqdm(total=sum(c.ticks for c in cells), bar_format=_BAR, disable=None, leave=False) as bar:
         for cell in cells:

@@ -612,8 +612,8 @@ def _verdict(
     more = sum(_statistics.significant(c) and c.difference.mean < 0 for c in equals)
     made_worse = f"{lost} of {len(own)} cases" + (f", more than with equal weights in {more}" if equals else "")
     return (
-        f"Rank correlation of weights and difficulty: {', '.join(parts)}. Against the rivals: {'; '.join(counts)}; the "
-        f"others not distinguishable. One loss times {_TENFOLD} made Δm worse in {made_worse}."
+        f"Rank correlation of weights ({on_trial[0]}) and difficulty: {', '.join(parts)}. Against the rivals: "
+        f"{'; '.join(counts)}; the others not distinguishable. One loss times {_TENFOLD} made Δm worse in {made_worse}."
     )
 
 

@@ -30,8 +30,8 @@ class Config:
 
     Attributes:
       seeds: number of seeds.
-      steps: optimiser steps.
-      records: how often is evaluated; divides the number of steps.
+      steps: optimiser steps, rounded up to a multiple of `records`.
+      records: how often is evaluated.
       batch_size: images in a batch.
       learning_rate: of Adam.
       width: channels at the finest grid.
@@ -65,6 +65,10 @@ class Config:
     )
     fixed: tuple[tuple[float, ...], ...] = ((3, 1, 1), (1, 3, 1), (1, 1, 3))
     photograph_methods: tuple[str, ...] = (EQUAL, "upgrad")
+
+    def __post_init__(self) -> None:
+        """Rounds up."""
+        object.__setattr__(self, "steps", -(-self.steps // self.records) * self.records)
 
 
 QUICK = Config(

@@ -62,7 +62,7 @@ class Config:
 
     Attributes:
       seeds: number of seeds.
-      steps: optimiser steps, a multiple of 10.
+      steps: optimiser steps, rounded up to a multiple of 10.
       batch_size: canvases in a batch of the primary task, and as many in one of the auxiliary tasks.
       learning_rate: of Adam.
       width: units in each of the trunk's two hidden layers.
@@ -87,6 +87,10 @@ class Config:
     wrong: tuple[int, ...] = (0, 20, 40, 60, 80, 100)
     weights: tuple[float, ...] = (0.1, 0.3)
     methods: tuple[str, ...] = tuple(METHODS)
+
+    def __post_init__(self) -> None:
+        """Rounds up."""
+        object.__setattr__(self, "steps", -(-self.steps // _RECORDS) * _RECORDS)
 
 
 QUICK = Config(

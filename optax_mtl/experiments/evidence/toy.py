@@ -282,7 +282,7 @@ def findings(ends: Mapping[str, Ends]) -> list[str]:
         f"Near its middle (within {BALANCED:g} of it) end, from all five starts, {balanced}.",
         f"{len(blind)} end in the same places whatever the first loss is multiplied by (within {BALANCED:g}): "
         f"{_names(blind)}.",
-        f"{len(never)} never arrive: {_names(never)}.",
+        f"{len(never)} never arrive: {_names(never)}." if never else "Every method arrives in some run.",
     ]
     found += [f"{m} arrives from {_in_words(ends[m])}." for m in _SHOWN if m in ends]
     early = sum(e.early.sum() for e in ends.values())
@@ -299,7 +299,7 @@ def findings(ends: Mapping[str, Ends]) -> list[str]:
     doubtful = int(((distances > NEAR / 2) & (distances < 5 * NEAR)).sum())
     found.append(
         f"Where the line is drawn matters for few runs: {doubtful} of {runs} end between {NEAR / 2:g} and {5 * NEAR:g} "
-        f"from the front. {int((~np.isfinite(distances)).sum())} end at no number."
+        f"from the front. {int((~np.isfinite(distances)).sum())} end in NaN or infinity."
     )
     return found
 
