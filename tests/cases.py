@@ -509,3 +509,5 @@ CASES = (
         lacks=MIXER | {"leaves": "rescales leaf by leaf"},
     ),
 )
+
+FIRST_ROWS = {case.method: case for case in reversed(CASES)}  # of each method

@@ -32,6 +32,7 @@ _COMPILE_FAST = (
     "test_blockwise.py",
     "test_training_loops.py",
     "test_compositions.py",
+    "test_deferred.py",
     "experiments",
     "parity",
 )

@@ -24,9 +24,6 @@ T = 3
 EVERYONE = np.ones(T, bool)
 
 
-FIRST_ROWS = {case.method: case for case in reversed(cases.CASES)}  # of each method
-
-
 def every_case(*, keeps=None, unless_lacks=None, needs=None, once=False):
     """Parametrises a law over the rows that claim it; a row's tests run in one worker and share its programs.
 
@@ -37,7 +34,7 @@ def every_case(*, keeps=None, unless_lacks=None, needs=None, once=False):
         [
             pytest.param(case, id=str(case), marks=pytest.mark.xdist_group(str(case)))
             for case in cases.CASES
-            if (not once or case is FIRST_ROWS[case.method])
+            if (not once or case is cases.FIRST_ROWS[case.method])
             and (keeps is None or keeps in case.keeps)
             and (unless_lacks is None or unless_lacks not in case.lacks)
             and (needs is None or needs in case.needs)

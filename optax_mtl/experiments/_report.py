@@ -40,7 +40,7 @@ class Table:
         """For the report."""
         rule = [":--", *["--:"] * (len(self.headers) - 1)]
         text = "\n".join(f"| {' | '.join(row)} |" for row in [self.headers, rule, *self.rows])
-        return re.sub(" ([±=<]) ", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", text)  # numbers are not torn apart
+        return re.sub(" ± |(?<=p) [=<] ", lambda m: m[0].replace(" ", "\N{NO-BREAK SPACE}"), text)  # not torn apart
 
 
 @dataclass(frozen=True)

@@ -299,7 +299,7 @@ def findings(ends: Mapping[str, Ends]) -> list[str]:
     doubtful = int(((distances > NEAR / 2) & (distances < 5 * NEAR)).sum())
     found.append(
         f"Where the line is drawn matters for few runs: {doubtful} of {runs} end between {NEAR / 2:g} and {5 * NEAR:g} "
-        f"from the front. {int((~np.isfinite(distances)).sum())} end in NaN or infinity."
+        f"from the front, and {int((~np.isfinite(distances)).sum())} at no finite place."
     )
     return found
 
