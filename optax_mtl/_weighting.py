@@ -65,8 +65,8 @@ def weighting(
         help with that.)
       init: `init(dtype, params)` returns the method's first state; `dtype` is the weights'.
       needs_gramian: whether the rule looks at more than the diagonal.
-      needs_norms: whether it looks at that, or at more. If not, the gradients are read once, to be summed, and only if
-        the sum is not finite are the norms asked which tasks were to blame.
+      needs_norms: whether it looks at that, or at more. If not, the gradients of more than a few tasks are read once,
+        to be summed, and only if the sum is not finite are the norms asked which tasks were to blame.
       needs_gradients: whether the rule looks at `task_grads`, so that a `Gramian` will not do.
       needs_losses: whether `losses` must be given.
       positive_losses: whether the rule is for losses that are not negative (it takes their logarithm, say).

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-import math
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 import jax
@@ -44,11 +43,10 @@ _LOOKED_INTO = (  # whose updates are recorded and drawn, leaf by leaf
     "upgrad_in_metric",
     "apt",
 )
-_RECORDS = 30
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(_training.Recorded):
     """The same for every method.
 
     Attributes:
@@ -61,6 +59,7 @@ class Config:
       test_size: number of test canvases.
     """
 
+    most_records: ClassVar[int] = 30
     seeds: int = 8
     steps: int = 1_500
     batch_size: int = 128
@@ -68,16 +67,6 @@ class Config:
     width: int = 64
     train_size: int = 10_000
     test_size: int = 2_000
-
-    @property
-    def steps_per_record(self) -> int:
-        """Steps over which losses, weights and cosines are averaged."""
-        return math.ceil(self.steps / _RECORDS)
-
-    @property
-    def records(self) -> int:
-        """Number of records."""
-        return math.ceil(self.steps / self.steps_per_record)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+import math
 import time
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from jax import lax, numpy as jnp
@@ -14,6 +15,23 @@ import optax_mtl as mtl
 
 Build = Callable[..., optax.GradientTransformation]  # from a random key; and from what is varied, if anything is
 Advance = Callable[[int], object]
+
+
+class Recorded:
+    """A configuration with `steps`, of which about `most_records` records are kept: its `steps` are rounded up."""
+
+    steps: int
+    most_records: ClassVar[int]
+
+    @property
+    def steps_per_record(self) -> int:
+        """Steps over which a record averages."""
+        return math.ceil(self.steps / self.most_records)
+
+    @property
+    def records(self) -> int:
+        """Number of records."""
+        return math.ceil(self.steps / self.steps_per_record)
 
 
 @dataclass(frozen=True)

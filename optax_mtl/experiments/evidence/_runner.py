@@ -73,8 +73,6 @@ def _results(
     """What every cell has found, now or before, and the seconds that took."""
     stamped = store / "stamp.json"
     if fresh:
-        for kept in store.glob("*.npz"):
-            kept.unlink()
         stamped.unlink(missing_ok=True)
     store.mkdir(parents=True, exist_ok=True)
     if stamped.exists() and (there := json.loads(stamped.read_text(encoding="utf-8"))) != stamp:
@@ -84,8 +82,8 @@ def _results(
             "or name another folder with --out"
         )
     if not stamped.exists():
-        for kept in store.glob("*.npz"):  # of nobody knows what
-            kept.unlink()
+        for old in store.glob("*.npz"):  # to be forgotten, or of nobody knows what
+            old.unlink()
         partial = stamped.with_suffix(".partial")
         partial.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
         partial.replace(stamped)

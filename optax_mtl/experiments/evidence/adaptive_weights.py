@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
 import jax
@@ -26,7 +26,6 @@ from optax_mtl.experiments.evidence import _study, _text
 PROPORTIONAL, SOFTMAX = "losses over their sum", "softmax of the losses"
 ON_TRIAL = (PROPORTIONAL, SOFTMAX)
 _CHANGING = (*ON_TRIAL, "dwa", "uncertainty")  # whose weights are drawn
-_RECORDS = 30
 _TENFOLD = 10  # what one task's loss is multiplied by in the control
 
 
@@ -49,7 +48,7 @@ METHODS: dict[str, Callable[[_registry.Setting, Sequence[int]], optax.GradientTr
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(_training.Recorded):
     """The same for every method and both data sets.
 
     Attributes:
@@ -63,6 +62,7 @@ class Config:
       methods: which of `METHODS`.
     """
 
+    most_records: ClassVar[int] = 30
     seeds: int = 10
     steps: int = 1_000
     batch_size: int = 64
@@ -71,16 +71,6 @@ class Config:
     train_size: int = 4_096
     test_size: int = 1_024
     methods: tuple[str, ...] = tuple(METHODS)
-
-    @property
-    def steps_per_record(self) -> int:
-        """Steps over which losses and weights are averaged."""
-        return math.ceil(self.steps / _RECORDS)
-
-    @property
-    def records(self) -> int:
-        """Number of records."""
-        return math.ceil(self.steps / self.steps_per_record)
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
 import jax
@@ -51,13 +51,12 @@ _VARIANTS = ("mao_mean", "mao_by_leaf")
 _DRAWN = ("mao", "mao_by_leaf", "edm", "scale_invariant", "uncertainty", EQUAL)
 CONDITIONS = {"equal": "losses as they are", "apart": "losses six orders apart"}
 _ALONE = "alone"
-_RECORDS = 20
 _LOOK = 3  # one step in so many is looked at
 _FIRST_PILOT = 100_000  # seeds from here on choose the learning rates
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(_training.Recorded):
     """The same for every method.
 
     Attributes:
@@ -73,6 +72,7 @@ class Config:
       held_size: number of canvases for validation, and for the test.
     """
 
+    most_records: ClassVar[int] = 20
     seeds: int = 12
     steps: int = 400
     tasks: tuple[int, ...] = (2, 4, 8)
@@ -88,16 +88,6 @@ class Config:
     def pilots(self) -> int:
         """Seeds that choose the learning rates: all rates of them are as many runs as the seeds, so one program."""
         return math.ceil(self.seeds / len(self.rates))
-
-    @property
-    def steps_per_record(self) -> int:
-        """Steps over which shares are averaged."""
-        return math.ceil(self.steps / _RECORDS)
-
-    @property
-    def records(self) -> int:
-        """Number of records."""
-        return math.ceil(self.steps / self.steps_per_record)
 
 
 QUICK = Config(
